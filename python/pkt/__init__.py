@@ -1,0 +1,23 @@
+"""Moves knowledge from a very large language model into a small one.
+
+`pkt.extract` and `pkt.inspect` do what the commands of the same names do and return the records
+of `pkt.records`. Importing pkt loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pkt.api import extract, inspect
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "extract", "inspect"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("extract", "inspect"):
+        from pkt import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'pkt' has no attribute '{name}'")

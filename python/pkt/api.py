@@ -1,0 +1,293 @@
+"""`pkt.extract` and `pkt.inspect`: what the commands of these names do, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pkt.config import load_aliases, parse_bytes
+from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
+from pkt.host import memory_limit
+from pkt.models import Model, load_tokenizer, open_model
+from pkt.plan import make_plan
+from pkt.projections import Pair, match
+from pkt.records import Extraction, Inspection, IoMode, LayerRule, Plan, Select, Split, Template
+
+if TYPE_CHECKING:
+    from pkt.methods.seeking import Task
+
+Notify = Callable[[str, int, int], None]
+
+
+def inspect(
+    teacher: str,
+    student: str | None = None,
+    *,
+    max_ram: str | None = None,
+    rank: int = 16,
+    targets: Sequence[str] | None = None,
+    embeddings: bool = False,
+    dtype: str = "auto",
+    seeds: int = 32,
+    tokens: int = 2048,
+    select: Select = "window",
+    aliases: Mapping[str, str] | None = None,
+) -> Inspection:
+    """Families, shapes, what fits what, and the plan of a run, from headers alone.
+
+    No weight is read and torch is not loaded. What forbids the run is in ``problems``; only
+    models that cannot be opened at all raise.
+
+    Args:
+        teacher: folder, hub id or alias.
+        student: the same; ``None`` describes the teacher alone.
+        max_ram: budget such as "8GiB"; ``None`` asks the host.
+        rank: of the adapter.
+        targets: roles or module names; ``None`` for all projections.
+        embeddings: whether embedding and head are extracted too.
+        dtype: auto, float32 or bfloat16.
+        seeds: number of seeds assumed.
+        tokens: length of a seed assumed.
+        select: strategy; single weights need disk for their masks.
+        aliases: table of aliases; ``None`` for the built-in one.
+
+    Raises:
+        PktError: and its subclasses, when a model cannot be opened.
+
+    """
+    table = load_aliases(None) if aliases is None else aliases
+    big = open_model(teacher, table, "teacher")
+    small = open_model(student, table, "student") if student else None
+    pairs: list[Pair] = []
+    rows: list[Any] = []
+    problems: list[str] = []
+    if small:
+        pairs, rows, problems = match(big, small, targets, embeddings)
+    tokens = min(tokens, big.positions or tokens)
+    plan = make_plan(
+        big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
+        longest=tokens, budget=budget(max_ram), embeddings=embeddings,
+        masks=select in ("top-weights", "random-weights"),
+    )  # fmt: skip
+    notes = [f"{seeds} seeds of {tokens} tokens assumed"]
+    for model in (big, small):
+        if model and model.checkpoint.unindexed:
+            extra = model.checkpoint.unindexed
+            notes.append(f"{model.folder}: {len(extra)} tensors are not in the index: {extra[0]}, …")
+    return Inspection(
+        teacher=description(big),
+        student=description(small) if small else None,
+        rows=tuple(rows),
+        plan=plan,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def prepare(
+    teacher: str,
+    student: str,
+    seeds: str | Path,
+    *,
+    rank: int = 16,
+    layers: LayerRule = "sensitivity",
+    select: Select = "window",
+    split: Split = "paper",
+    targets: Sequence[str] | None = None,
+    template: Template = "auto",
+    embeddings: bool = False,
+    max_tokens: int = 2048,
+    limit: int = 32,
+    max_ram: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    aliases: Mapping[str, str] | None = None,
+) -> Task:
+    """Open everything an extraction needs and plan it; no weight is read.
+
+    Raises:
+        IncompatibleError: teacher and student do not fit (every reason, a line each).
+        PktError: and its subclasses, for each input that cannot be used.
+
+    """
+    from pkt.methods.seeking import Config, Task
+    from pkt.seeds import read_seeds
+
+    if rank < 1:
+        raise UsageError(f"--rank: expected 1 or more, found {rank}")
+    table = load_aliases(None) if aliases is None else aliases
+    big = open_model(teacher, table, "teacher")
+    small = open_model(student, table, "student")
+    pairs, _, problems = match(big, small, targets, embeddings)
+    if embeddings and not problems:
+        problems += _vocabulary_problems(big, small)
+    if problems:
+        raise IncompatibleError(
+            f"{teacher} → {student}: " + "; ".join(problems),
+            f"pkt inspect --teacher {teacher} --student {student} shows every module",
+        )
+    tokenizer = load_tokenizer(big)
+    read = read_seeds(
+        Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
+        positions=big.positions,
+    )  # fmt: skip
+    computed = compute_dtype(big, dtype)
+    plan = make_plan(
+        big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
+        budget=budget(max_ram), embeddings=embeddings,
+        masks=select in ("top-weights", "random-weights"),
+    )  # fmt: skip
+    config = Config(
+        rank=rank, layers=layers, select=select, split=split,
+        targets=tuple(targets) if targets else None, embeddings=embeddings, dtype=computed,
+        seed=seed,
+    )  # fmt: skip
+    options = {"template": read.template, "max_tokens": max_tokens, "limit": limit}
+    return Task(big, small, read, pairs, plan, config, options, _base_name(small))
+
+
+def extract(
+    teacher: str,
+    student: str,
+    seeds: str | Path,
+    output_dir: str | Path,
+    *,
+    io: IoMode = "auto",
+    device: str = "cpu",
+    overwrite: bool = False,
+    notify: Notify = lambda phase, done, total: None,
+    **options: Any,
+) -> Extraction:
+    """Extract a LoRA start for ``student`` from ``teacher`` into ``output_dir``.
+
+    Args:
+        teacher: folder, hub id or alias.
+        student: the same.
+        seeds: JSONL file.
+        output_dir: new, empty, or this very run's: the same call continues it.
+        io: how files are read.
+        device: "cpu" or "cuda".
+        overwrite: replace what an earlier run left there.
+        notify: told of (phase, steps done, steps in all).
+        **options: of `prepare`.
+
+    Returns:
+        the folder, its manifest, and what the run cost.
+
+    Raises:
+        PktError: and its subclasses; `BudgetError` before anything is read.
+
+    """
+    return execute(
+        prepare(teacher, student, seeds, **options), Path(output_dir),
+        io=io, device=device, overwrite=overwrite, notify=notify,
+    )  # fmt: skip
+
+
+def execute(
+    task: Task,
+    folder: Path,
+    *,
+    io: IoMode = "auto",
+    device: str = "cpu",
+    overwrite: bool = False,
+    notify: Notify = lambda phase, done, total: None,
+) -> Extraction:
+    """Run what `prepare` made; a finished run with the same inputs is returned as it is."""
+    import json
+
+    from pkt.methods import seeking
+    from pkt.output import finished
+    from pkt.stream import choose_io
+
+    if not overwrite and (manifest := finished(folder, task.identity())):
+        record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
+        return Extraction(folder, manifest, record)
+    require_fit(task.plan)
+    check_device(device)
+    mode = choose_io(task.teacher.checkpoint, memory_limit()[0])[0] if io == "auto" else io
+    return seeking.run(task, folder, io=mode, device=device, overwrite=overwrite, notify=notify)
+
+
+def require_fit(plan: Plan) -> None:
+    """Raise `BudgetError` with the smallest setting unless the plan fits."""
+    from pkt.config import MIB, format_bytes
+
+    if not plan.fits:
+        raise BudgetError(
+            f"this run holds {format_bytes(plan.peak_bytes)} at its peak; {plan.budget_source} "
+            f"allows {format_bytes(plan.budget_bytes)}",
+            f"the smallest setting that fits is --max-ram {plan.smallest_bytes // MIB}MiB",
+        )
+
+
+def check_device(device: str) -> None:
+    """Raise `UsageError` for a device this host does not have."""
+    if device != "cpu":
+        import torch
+
+        if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
+            raise UsageError(f"--device {device}: not available here", "use --device cpu")
+
+
+def budget(max_ram: str | None) -> tuple[int, str]:
+    """The memory budget and where it comes from."""
+    if max_ram and max_ram != "auto":
+        return parse_bytes(max_ram), f"--max-ram {max_ram}"
+    limit, source = memory_limit()
+    return int(limit * 0.9), f"nine tenths of {source}"
+
+
+def compute_dtype(model: Model, wanted: str) -> str:
+    """F32 or BF16: what ``--dtype`` says, or the checkpoint's own type under ``auto``.
+
+    float16 is computed in float32: its gradients underflow, and bfloat16 would round its weights.
+    """
+    names = {"float32": "F32", "bfloat16": "BF16"}
+    if wanted in names:
+        return names[wanted]
+    if wanted != "auto":
+        raise UsageError(f"--dtype {wanted}: expected auto, float32 or bfloat16")
+    found = model.checkpoint.dtypes()
+    if not found:
+        raise IncompatibleError(f"{model.folder}: its layers hold no floating-point weights")
+    return "BF16" if found[0] in ("BF16", "F8_E4M3", "F8_E5M2") else "F32"
+
+
+def description(model: Model) -> dict[str, Any]:
+    """What `inspect` says of a model."""
+    return {
+        "name": model.name,
+        "folder": str(model.folder),
+        "family": model.family,
+        "layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "vocabulary": model.embedding.shape[0],
+        "tied_head": model.head is None,
+        "dtypes": model.checkpoint.dtypes(),
+        "parameters": sum(p.elements for layer in model.checkpoint.layers for p in layer.values())
+        + sum(p.elements for p in model.checkpoint.outer.values()),
+        "bytes": model.checkpoint.bytes,
+        "shards": len(model.checkpoint.files),
+    }
+
+
+def _vocabulary_problems(teacher: Model, student: Model) -> list[str]:
+    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
+    if ours == theirs:
+        return []
+    differing = len(set(ours.items()) ^ set(theirs.items()))
+    return [
+        f"vocabulary: {differing} entries of the two tokenizers differ; "
+        "--embeddings needs the same vocabulary"
+    ]
+
+
+def _base_name(model: Model) -> str:
+    return model.source if not Path(model.source).is_dir() else str(Path(model.source))
+
+
+__all__ = ["PktError", "execute", "extract", "inspect", "prepare"]

@@ -1,0 +1,1 @@
+def model_card(manifest, base): return "x"

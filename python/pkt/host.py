@@ -1,0 +1,99 @@
+"""What this host gives the process: memory limits, memory held, and a description of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+_UNLIMITED = 1 << 60
+
+
+def memory_limit() -> tuple[int, str]:
+    """Bytes this process may hold, and where that is written.
+
+    The smallest of what is available (`MemAvailable`) and the limits of the cgroups (v1 and v2)
+    that hold the process, less what their members other than page cache already use.
+    """
+    candidates = [(_meminfo("MemAvailable"), "MemAvailable")]
+    for line in _read("/proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, limit = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            text = _read(str(place / limit)).strip()
+            if text.isdigit() and int(text) < _UNLIMITED:
+                candidates.append((int(text), f"cgroup {limit}"))
+            if place == root:
+                break
+    return min(candidates)
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process: what no file backs and the kernel cannot take back."""
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+class PeakMeter:
+    """The largest `anonymous_bytes` seen, looked at many times a second by a thread."""
+
+    def __init__(self, seconds: float = 0.02) -> None:
+        self.peak_bytes = anonymous_bytes()
+        self._seconds = seconds
+        self._ended = threading.Event()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[PeakMeter]:
+        """Measure while the block runs."""
+        thread = threading.Thread(target=self._watch, name="pkt-peak", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, cores, memory and system, for `pkt_run.json` and `pkt env`."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines()
+         if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )  # fmt: skip
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": _meminfo("MemTotal"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def _meminfo(key: str) -> int:
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) << 10
+    return _UNLIMITED
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

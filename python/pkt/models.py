@@ -1,0 +1,231 @@
+"""Opening a model: alias | folder | hub id → configuration, checkpoint, tokenizer.
+
+No weight is read and torch is not loaded: families, shapes and the reasons why a model cannot
+be used all come from `config.json` and the safetensors headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pkt.checkpoint import Checkpoint, Piece, first_of, open_checkpoint
+from pkt.errors import CheckpointError, IncompatibleError, UsageError
+
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model folder whose headers are known: nothing of its weights is in memory."""
+
+    name: str  #: as the user gave it: alias, hub id or folder
+    source: str  #: what the alias stood for
+    folder: Path
+    config: Mapping[str, Any]  #: config.json as it is
+    config_sha256: str
+    checkpoint: Checkpoint
+
+    @property
+    def family(self) -> str:
+        """transformers' model type, e.g. "llama"."""
+        return str(self.config.get("model_type"))
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.checkpoint.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.embedding.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return int(_get(self.config, "num_attention_heads", "n_head"))
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return int(self.config.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Rows a head of q, k and v."""
+        return int(self.config.get("head_dim") or self.hidden_size // self.heads)
+
+    @property
+    def positions(self) -> int | None:
+        """Most tokens the model can take, if its configuration says."""
+        found = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return int(found) if found else None
+
+    @property
+    def embedding(self) -> Piece:
+        """The input embedding, shape (vocabulary, hidden)."""
+        name = first_of(self.checkpoint.outer, _EMBEDDINGS)
+        if name is None:
+            name = first_of(self.checkpoint.outer, _HEADS)
+        if name is None:
+            raise IncompatibleError(f"{self.folder}: no input embedding among its tensors")
+        return self.checkpoint.outer[name]
+
+    @property
+    def head(self) -> Piece | None:
+        """The output head; ``None`` where the checkpoint holds only the embedding."""
+        name = first_of(self.checkpoint.outer, _HEADS)
+        return self.checkpoint.outer[name] if name else None
+
+    def hashes(self) -> dict[str, Any]:
+        """What the manifest says of this model: no paths."""
+        return {
+            "family": self.family,
+            "layers": self.layers,
+            "hidden_size": self.hidden_size,
+            "config_sha256": self.config_sha256,
+            "headers_sha256": self.checkpoint.sha256,
+        }
+
+
+def resolve(name: str, aliases: Mapping[str, str]) -> str:
+    """What ``name`` stands for: an existing folder, else an alias' entry, else itself."""
+    if Path(name).is_dir():
+        return name
+    return os.path.expanduser(aliases.get(name, name))
+
+
+def open_model(name: str, aliases: Mapping[str, str], role: str = "model") -> Model:
+    """Open a model for reading.
+
+    Args:
+        name: alias, folder or hub id.
+        aliases: table of aliases (`pkt.config.load_aliases`).
+        role: "teacher" or "student", for messages.
+
+    Raises:
+        UsageError: no such folder, and the hub cannot give it.
+        CheckpointError: damaged or pickled checkpoint, unreadable configuration.
+        IncompatibleError: not a dense decoder-only model in plain weights.
+
+    """
+    source = resolve(name, aliases)
+    folder = Path(source) if Path(source).is_dir() else _from_hub(source, name, role)
+    config_path = folder / "config.json"
+    try:
+        raw = config_path.read_bytes()
+        config = json.loads(raw)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: expected a model folder, found no config.json",
+            "give the folder that save_pretrained() wrote or the hub downloaded",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_path}: expected a JSON object")
+    if isinstance(config.get("text_config"), dict):
+        raise IncompatibleError(
+            f"{role} {folder}: '{config.get('model_type')}' holds more than a text decoder",
+            "save its language model alone, for example with AutoModelForCausalLM",
+        )
+    refuse_unsupported(config, folder, role)
+    layers = _get(config, "num_hidden_layers", "n_layer", "n_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise CheckpointError(f"{config_path}: num_hidden_layers: expected ≥ 1, found {layers!r}")
+    checkpoint = open_checkpoint(folder, layers)
+    for suffix, piece in checkpoint.layers[0].items():
+        if ".experts." in f".{suffix}" or len(piece.shape) > 2:
+            raise _mixture(config, folder, role)
+    digest = hashlib.sha256(_canonical(config)).hexdigest()
+    model = Model(name, source, folder, config, digest, checkpoint)
+    _ = model.embedding, model.heads
+    return model
+
+
+def refuse_unsupported(config: Mapping[str, Any], folder: Path, role: str) -> None:
+    """Raise `IncompatibleError` for encoders, mixtures of experts and quantized weights."""
+    family = config.get("model_type")
+    architectures = config.get("architectures") or []
+    causal = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    encoder = config.get("is_encoder_decoder") or str(family) in {"bert", "roberta", "t5", "electra"}
+    if encoder or (architectures and not causal):
+        kind = ", ".join(map(str, architectures)) or family
+        raise IncompatibleError(
+            f"{role} {folder}: expected a decoder-only language model, found {kind}",
+            "pkt works on …ForCausalLM models",
+        )
+    if not family:
+        raise IncompatibleError(f"{role} {folder}: config.json names no model_type")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        raise IncompatibleError(
+            f"{role} {folder}: its weights are quantized ({method}); expected plain weights",
+            "use the unquantized checkpoint: gradients of packed integers do not exist",
+        )
+    expert_keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any((config.get(key) or 0) > 1 for key in expert_keys):
+        raise _mixture(config, folder, role)
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: the folder holds none, or it cannot be loaded.
+
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{model.folder}: its tokenizer cannot be loaded: {reason}",
+            "copy the tokenizer files (tokenizer.json, tokenizer_config.json) beside the model",
+        ) from error
+
+
+def _from_hub(source: str, name: str, role: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    meaning = f" (alias '{name}')" if source != name else ""
+    if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        raise UsageError(f"{role} '{source}'{meaning}: no such folder")
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UsageError(f"{role} '{source}'{meaning}: neither a folder nor a hub id") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"{role} '{source}'{meaning}: no such folder, and the hub did not give it: {reason}",
+            "download it first, or write 'alias: /folder' into the alias table (`pkt env`)",
+        ) from error
+
+
+def _mixture(config: Mapping[str, Any], folder: Path, role: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"{role} {folder}: '{config.get('model_type')}' is a mixture of experts; expected a dense model",
+        "experts are not seen by every seed: pkt refuses them until their scores mean something",
+    )
+
+
+def _get(config: Mapping[str, Any], *keys: str) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), 0)
+
+
+def _canonical(config: Mapping[str, Any]) -> bytes:
+    """Config bytes without what a copy of the folder changes."""
+    kept = {k: v for k, v in config.items() if k not in {"_name_or_path", "transformers_version"}}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()

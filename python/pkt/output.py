@@ -1,0 +1,148 @@
+"""A run is a folder: refused, locked, continued, finished.
+
+Until the end everything lies in ``OUT/.work``, beside the identity of the run (hashes of models
+and data, options that change the result). The same command finds it and continues; a changed
+input is refused by name. Results appear whole: written in the work folder, then renamed, the
+manifest last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pkt.errors import OutputError
+
+WORK = ".work"
+MANIFEST = "pkt_manifest.json"
+_OURS = (
+    "adapter_config.json", "adapter_model.safetensors", "README.md", "report",
+    "pkt_run.json", MANIFEST, WORK,
+)  # fmt: skip
+
+
+def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest in ``folder`` if it is of this very run, else ``None``."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or (folder / WORK).exists():
+        return None
+    return manifest if {key: manifest.get(key) for key in identity} == dict(identity) else None
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """The work folder of a run, locked against a second process while the block runs.
+
+    Args:
+        folder: OUT.
+        identity: what makes this run this run, JSON-able.
+        overwrite: remove what an earlier run of pkt left there; other files are never touched.
+
+    Raises:
+        OutputError: OUT holds something else, is another run's, in use, or not writable.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be the output folder: {error.strerror}") from error
+    work = folder / WORK
+    if not work.is_dir() and found:
+        foreign = [name for name in found if name not in _OURS]
+        if not overwrite or foreign:
+            extra = " (--overwrite removes only what pkt wrote)" if overwrite else ""
+            raise OutputError(
+                f"{folder}: expected an empty folder or this run's own, found "
+                f"{', '.join((foreign or found)[:3])}{extra}",
+                "choose another -o" + ("" if foreign else ", or add --overwrite"),
+            )
+    try:
+        work.mkdir(exist_ok=True)
+        with _locked(work):
+            _claim(folder, work, identity, overwrite)
+            yield work
+    except PermissionError as error:
+        raise OutputError(f"{folder}: not writable: {error.strerror}") from error
+
+
+def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:
+    """Move staged results into OUT, then texts, the manifest last, and drop the work folder."""
+    for path in sorted(staged.iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.rename(target)
+    for name, text in sorted(files.items(), key=lambda item: item[0] == MANIFEST):
+        temporary = folder / WORK / f"{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / name)
+    shutil.rmtree(folder / WORK)
+
+
+def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    state = work / "run.json"
+    wanted = json.loads(json.dumps(identity))
+    try:
+        held = json.loads(state.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        held = None
+    except ValueError:
+        held = {}
+    if held is not None and held != wanted:
+        if not overwrite:
+            changed = ", ".join(_differences(held, wanted)) or "its state is damaged"
+            raise OutputError(
+                f"{folder}: an unfinished run with other inputs is there; changed: {changed}",
+                "repeat its command to continue it, choose another -o, or add --overwrite",
+            )
+        for path in work.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        held = None
+    if held is None:
+        if overwrite:
+            for name in _OURS:
+                path = folder / name
+                if name != WORK and path.exists():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        temporary = state.with_suffix(".tmp")
+        temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        temporary.rename(state)
+
+
+def _differences(held: Any, wanted: Any, path: str = "") -> list[str]:
+    if not isinstance(held, dict) or not isinstance(wanted, dict):
+        return [] if held == wanted else [path.removeprefix(".") or "everything"]
+    keys = sorted({*held, *wanted})
+    return [d for key in keys for d in _differences(held.get(key), wanted.get(key), f"{path}.{key}")]
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """An flock: the kernel drops it with the process, so no stale lock can remain."""
+    with (work / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise OutputError(
+                f"{work.parent}: in use by another pkt process ({file.read().strip() or 'unknown'})",
+                "wait for it, or choose another -o",
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield

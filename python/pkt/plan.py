@@ -1,0 +1,155 @@
+"""What a run will hold, read and write, worked out from headers before anything is read.
+
+Anonymous memory only: mapped and cached pages are the kernel's to take back. Three phases bind:
+one layer's sweep, the head with its logits, and the factors; the plan lists the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pkt.checkpoint import DTYPE_BYTES
+from pkt.config import MIB
+from pkt.models import Model
+from pkt.projections import Pair
+from pkt.records import Plan, PlanPart
+
+BASE_BYTES = 512 * MIB  # the interpreter, torch, transformers and peft, measured
+BLOCK_BYTES = 24 * MIB  # a row block of gradients, and what the matrix product copies for it
+CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
+LOGIT_ELEMENTS = 1 << 23  # as in the sweep: logits made at once
+
+
+def make_plan(
+    teacher: Model,
+    student: Model | None,
+    pairs: Sequence[Pair],
+    *,
+    dtype: str,
+    rank: int,
+    tokens: int,
+    longest: int,
+    budget: tuple[int, str],
+    embeddings: bool = False,
+    masks: bool = False,
+) -> Plan:
+    """The plan of an extraction.
+
+    Args:
+        teacher: larger model.
+        student: smaller model, if it is known yet.
+        pairs: matrices to be cut.
+        dtype: computed in, "F32" or "BF16".
+        rank: of the adapter.
+        tokens: of all seeds.
+        longest: tokens of the longest seed.
+        budget: bytes allowed, and where that number comes from.
+        embeddings: whether embedding and head are extracted too.
+        masks: whether single weights are chosen, whose bit masks are kept.
+
+    Returns:
+        the plan with the fastest setting (slots, scores) that fits, or the smallest if none does.
+
+    """
+    item = DTYPE_BYTES[dtype]
+    layer = max(teacher.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
+    matrices = [p for p in layer.values() if len(p.shape) == 2]
+    elements = sum(p.elements for p in layer.values())
+    slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
+    converted = 0 if _native(layer, dtype) else elements * item
+    head = teacher.head or teacher.embedding
+    head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
+    logits = LOGIT_ELEMENTS * (2 * item + 8)
+    per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
+    attention = min(longest, 512) * longest * teacher.heads * item
+    activations = 2 * longest * per_token * item + 2 * attention
+    adapter = _adapter_bytes(student, pairs, rank, embeddings)
+    window = max((_window_bytes(p) for p in pairs), default=0)
+    if embeddings and student:
+        window = max(window, student.embedding.elements * 12)
+    base = PlanPart("torch, transformers, peft", BASE_BYTES)
+
+    def parts(slots: int, matrix: bool) -> tuple[PlanPart, ...]:
+        held = max((p.elements for p in matrices), default=0) if matrix else elements
+        shared = [
+            base,
+            PlanPart("layer slots", slots * slot, f"{slots} × {'read ahead' if slots > 1 else 'in turn'}"),
+        ]
+        if converted:
+            shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
+        sweep = [
+            *shared,
+            PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
+            PlanPart("gradient block", BLOCK_BYTES),
+            PlanPart("activations of one seed", activations, f"{longest} tokens"),
+            PlanPart("masks and positions", min(CALLS_BYTES, longest * longest * item)),
+        ]
+        ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
+        if embeddings:
+            ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
+        factors = [base, PlanPart("largest window", window), PlanPart("adapter", adapter)]
+        return tuple(max((sweep, ends, factors), key=lambda p: sum(part.bytes for part in p)))
+
+    settings = [(2, False), (1, False), (2, True), (1, True)]
+    sizes = {s: sum(part.bytes for part in parts(*s)) for s in settings}
+    fitting = [s for s in settings if sizes[s] <= budget[0]]
+    smallest = min(settings, key=lambda s: (sizes[s], settings.index(s)))
+    slots, matrix = fitting[0] if fitting else smallest
+    block = tokens * teacher.hidden_size * item
+    spool = (teacher.layers + 3) * block
+    if matrix:
+        spool += tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item
+    if masks:
+        spool += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
+    return Plan(
+        budget_bytes=budget[0],
+        budget_source=budget[1],
+        parts=parts(slots, matrix),
+        smallest_bytes=-(-sizes[smallest] // MIB) * MIB,
+        slots=slots,
+        scores="matrix" if matrix else "layer",
+        read_bytes=_read_bytes(teacher, student, pairs, embeddings),
+        spool_bytes=spool,
+        adapter_bytes=adapter,
+    )
+
+
+def _native(layer: object, dtype: str) -> bool:
+    """Whether every large tensor can be used where it was read."""
+    assert isinstance(layer, dict)
+    return all(p.dtype == dtype or len(p.shape) < 2 for p in layer.values()) or (
+        dtype == "BF16" and all(p.dtype in ("F16", "BF16") for p in layer.values())
+    )
+
+
+def _window_bytes(pair: Pair) -> int:
+    """A window as stored, in float32 for the iteration, and in float64 for its check."""
+    return pair.student.out_features * pair.student.in_features * 12
+
+
+def _adapter_bytes(
+    student: Model | None, pairs: Sequence[Pair], rank: int, embeddings: bool
+) -> int:
+    if student is None:
+        return 0
+    layers = sum(
+        min(rank, p.student.out_features, p.student.in_features)
+        * (p.student.out_features + p.student.in_features)
+        for p in pairs
+    )
+    ends = 2 * rank * sum(student.embedding.shape) if embeddings else 0
+    return 4 * (layers * student.layers + ends)
+
+
+def _read_bytes(
+    teacher: Model, student: Model | None, pairs: Sequence[Pair], embeddings: bool
+) -> int:
+    layers = sum(p.bytes for layer in teacher.checkpoint.layers for p in layer.values())
+    ends = (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
+    item = DTYPE_BYTES[(teacher.checkpoint.dtypes() or ["F32"])[0]]
+    windows = sum(p.student.out_features * p.student.in_features for p in pairs) * item
+    windows *= student.layers if student else 0
+    if embeddings and student:
+        windows += 2 * student.embedding.elements * item
+        ends += teacher.embedding.bytes + (0 if teacher.head else teacher.embedding.bytes)
+    return 2 * layers + ends + windows

@@ -1,0 +1,191 @@
+"""The values that travel between stages: frozen, without behaviour beyond their own shape.
+
+A stage takes records and returns records, and imports no other stage; what each field means,
+its unit and its index base stand here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Select = Literal[
+    "window", "rows-cols", "top-weights", "random-window", "random-weights", "orthogonal"
+]
+LayerRule = Literal["sensitivity", "random", "first", "last"]
+Split = Literal["paper", "balanced"]
+Template = Literal["auto", "chat", "paper", "none"]
+IoMode = Literal["auto", "mmap", "buffered", "direct"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """One seed text as the teacher reads it.
+
+    ``loss_mask[i]`` says that the prediction of token ``i`` (made at position ``i - 1``) counts
+    in the loss; ``loss_mask[0]`` is always false.
+    """
+
+    name: str  #: "seeds.jsonl:12", for messages
+    tokens: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    cut: bool = False  #: shortened to --max-tokens or to the teacher's positions
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(self.loss_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class SeedSet:
+    """The seeds of a run, and the hash of what was read."""
+
+    seeds: tuple[Seed, ...]
+    sha256: str  #: over token ids and loss masks, so it changes with tokenizer and template too
+    template: str  #: the template that `auto` came to
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(seed.tokens) for seed in self.seeds)
+
+    @property
+    def longest(self) -> int:
+        return max((len(seed.tokens) for seed in self.seeds), default=0)
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(seed.loss_tokens for seed in self.seeds)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One logical projection of a decoder layer: a run of rows of one linear module.
+
+    ``rows`` maps logical rows to rows of the stored weight as ``(start, count, stride)`` blocks
+    of ``head`` rows each; a plain module is one block.
+    """
+
+    role: str  #: q, k, v, o, gate, up, down, or the module's own suffix
+    module: str  #: suffix below the layer, e.g. "self_attn.q_proj"
+    part: str | None  #: "q" for a part of a fused module, else None
+    out_features: int
+    in_features: int
+    start: int = 0
+    block: int = 0  #: rows a block; 0: all rows are one block
+    stride: int = 0  #: distance of two blocks' first rows
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What was chosen of one teacher matrix for one student matrix.
+
+    ``rows`` and ``cols`` are half-open ranges for contiguous windows, index lists for
+    ``rows-cols``, and ``None`` for single weights, where ``mask_sha256`` is the SHA-256 of the
+    chosen flat row-major indices (ascending, little-endian u64). All indices count in the
+    logical (expanded, unfused) matrix.
+    """
+
+    teacher: str
+    score: float
+    rows: tuple[int, ...] | None = None
+    cols: tuple[int, ...] | None = None
+    mask_sha256: str | None = None
+    kv_repeat: int = 1
+    crossed: bool = False  #: rows and cols are index lists
+
+    @property
+    def row_indices(self) -> Sequence[int]:
+        return self.rows or () if self.crossed else range(*(self.rows or (0,)))
+
+    @property
+    def col_indices(self) -> Sequence[int]:
+        return self.cols or () if self.crossed else range(*(self.cols or (0,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """``B @ A`` of rank r: B is (out_features, r), A is (r, in_features), both float32.
+
+    ``singular_values`` are the window's leading ones; ``residual`` is ‖W − BA‖_F.
+    """
+
+    b: Any
+    a: Any
+    singular_values: tuple[float, ...]
+    residual: float
+    norm: float  #: ‖W‖_F
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPart:
+    """One share of memory, disk or reading, in bytes."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will hold, read and write, worked out from headers alone."""
+
+    budget_bytes: int
+    budget_source: str  #: "--max-ram" or where `auto` found it
+    parts: tuple[PlanPart, ...]  #: anonymous memory at the peak, part by part
+    smallest_bytes: int  #: the least --max-ram that this run fits in
+    slots: int  #: layer slots: 1 reads and computes in turn, 2 reads ahead
+    scores: Literal["layer", "matrix"]  #: resident for a whole layer, or one matrix at a time
+    read_bytes: int  #: from the teacher, both passes and the windows
+    spool_bytes: int  #: largest size of OUT/.work
+    adapter_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MatchRow:
+    """One row of `inspect`'s table: module / teacher shape / student shape / action."""
+
+    module: str
+    teacher_shape: tuple[int, ...] | None
+    student_shape: tuple[int, ...] | None
+    action: str
+    ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `pkt inspect` found: both models, the match between them, and the plan."""
+
+    teacher: Mapping[str, Any]
+    student: Mapping[str, Any] | None
+    rows: tuple[MatchRow, ...]
+    plan: Plan | None
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """Mean score in each bin of a grid over one logical matrix, for pictures."""
+
+    bins: Any  #: (row bins, column bins) float32
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """A finished `pkt extract`: where it is, what the manifest says, what the run cost."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]

@@ -1,0 +1,216 @@
+"""Reading ahead: whole jobs (a layer's tensors) into a ring of slots, in the order asked for.
+
+torch owns the memory, the Rust core fills it without the GIL, and tensors are views of it: no
+copy lies between the disk and the model, except where the checkpoint's element type is not the
+one computed in, and on CUDA, where a copy stream carries the pinned slot to the device while
+the layer before it is at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pkt import _core
+from pkt.checkpoint import Checkpoint, Piece
+
+PAGE = 4096  # O_DIRECT wants memory and file offsets that agree modulo this
+READ_THREADS = 8
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Tensors that are read together, by the names under which they are handed out."""
+
+    label: str
+    pieces: dict[str, Piece]
+
+    def layout(self) -> _core.Layout:
+        """Where each piece lies in a slot."""
+        return layout(list(self.pieces.values()))
+
+
+def layout(pieces: Sequence[Piece]) -> _core.Layout:
+    """Places of ``pieces`` in a slot, and the positional reads that fill it."""
+    return _core.layout([(p.shard, p.begin, p.end, _core.dtype_bytes(p.dtype)) for p in pieces])
+
+
+def arena(size: int, pinned: bool = False) -> torch.Tensor:
+    """``size`` bytes whose first byte lies on a page boundary, dtype uint8."""
+    memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
+    return memory[-memory.data_ptr() % PAGE :][:size]
+
+
+def choose_io(checkpoint: Checkpoint, memory_bytes: int) -> tuple[str, str]:
+    """The reading mode of ``--io auto``, and why."""
+    if checkpoint.bytes <= memory_bytes // 2:
+        return "buffered", "the checkpoint fits in the page cache, which serves the second pass"
+    return "direct", "the checkpoint is larger than the page cache can be: caching it costs time"
+
+
+class CheckpointSource:
+    """The weights of one checkpoint, for a sweep: a stream of jobs, and reads out of turn.
+
+    Args:
+        checkpoint: validated files.
+        mode: mmap, buffered or direct.
+        slots: layer slots of the stream; one means reading and computing take turns.
+        dtype: computed in; tensors of another float type are converted.
+        device: where the tensors are wanted.
+
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, mode: str, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        files = [(str(path), size) for path, size in checkpoint.files]
+        self._reader = _core.Reader(files, mode, READ_THREADS)
+        self._slots, self._dtype, self.device = slots, dtype, device
+        self._stream: WeightStream | None = None
+        self.slot_bytes = max(layout(list(p.values())).bytes for p in checkpoint.layers)
+
+    @property
+    def mode(self) -> str:
+        """The reading mode in use."""
+        return self._reader.mode
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know, such as a refused direct mode."""
+        return self._reader.notices
+
+    def jobs(
+        self, labels: Sequence[tuple[str, dict[str, Piece]]]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """The weights of each job in order, valid until the next is asked for."""
+        jobs = [Job(label, pieces) for label, pieces in labels]
+        self._stream = WeightStream(
+            self._reader, jobs, self._slots, self.slot_bytes, self._dtype, self.device
+        )
+        return iter(self._stream)
+
+    def read(self, pieces: dict[str, Piece]) -> dict[str, torch.Tensor]:
+        """Some tensors now, in memory of their own."""
+        plan = layout(list(pieces.values()))
+        memory = arena(plan.bytes)
+        self._reader.read(plan, memory.numpy())
+        tensors = _views(memory, plan, pieces, self._dtype)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def window(self, piece: Piece, rows: range, cols: range) -> torch.Tensor:
+        """Rows × columns of a matrix, on the CPU, as stored; only their bytes are read."""
+        item = _core.dtype_bytes(piece.dtype)
+        memory = arena(len(rows) * len(cols) * item)
+        extent = (piece.shard, piece.begin, piece.end, item)
+        shape = (piece.shape[0], piece.shape[1])
+        span = (rows.start, rows.stop), (cols.start, cols.stop)
+        self._reader.read_rows(extent, shape, *span, memory.numpy())
+        return memory.view(TORCH_DTYPES[piece.dtype]).view(len(rows), len(cols))
+
+    def counts(self) -> dict[str, Any]:
+        """Bytes and seconds of the stream, and the bytes read out of turn."""
+        counts = self._stream.counts() if self._stream else {"bytes": 0, "read_seconds": 0.0}
+        return {**counts, "bytes_out_of_turn": self._reader.bytes}
+
+    def close(self) -> None:
+        """Stop reading ahead; the slots' memory is free."""
+        if self._stream:
+            self._stream.close()
+
+
+class WeightStream:
+    """Hands out the jobs' tensors in order; while one is in use, the next are being read.
+
+    Args:
+        reader: open shards.
+        jobs: what to read, in order.
+        slots: number of slots; one means reading and computing take turns.
+        slot_bytes: size of each, at least that of the largest job.
+        dtype: computed in; tensors of another float type are converted.
+        device: where the tensors are wanted.
+
+    """
+
+    def __init__(
+        self,
+        reader: _core.Reader,
+        jobs: Sequence[Job],
+        slots: int,
+        slot_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._jobs = list(jobs)
+        self._layouts = [job.layout() for job in jobs]
+        self._dtype, self._device = dtype, device
+        pinned = device.type == "cuda"
+        self._slots = [arena(slot_bytes, pinned) for _ in range(slots)]
+        self._core = _core.Stream(reader, [slot.numpy() for slot in self._slots], self._layouts)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield each job's tensors; they are valid until the next one is asked for."""
+        if self._device.type == "cuda":
+            yield from self._on_device()
+            return
+        while (lease := self._core.next()) is not None:
+            job, slot = lease
+            yield self._tensors(job, slot)
+            self._core.release(slot)
+
+    def counts(self) -> dict[str, Any]:
+        """Bytes read, seconds reading, times and seconds that the consumer had to wait."""
+        return dict(self._core.counts())
+
+    def close(self) -> None:
+        """Stop reading at once and give the slots back."""
+        self._core.close()
+        self._slots.clear()
+
+    def _tensors(self, job: int, slot: int) -> dict[str, torch.Tensor]:
+        return _views(self._slots[slot], self._layouts[job], self._jobs[job].pieces, self._dtype)
+
+    def _on_device(self) -> Iterator[dict[str, torch.Tensor]]:
+        """One job ahead: read, then copied by a stream of its own while the last one is used."""
+        copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+        def fetch() -> dict[str, torch.Tensor] | None:
+            lease = self._core.next()
+            if lease is None:
+                return None
+            job, slot = lease
+            with torch.cuda.stream(copies):
+                host = self._tensors(job, slot)
+                tensors = {n: t.to(self._device, non_blocking=True) for n, t in host.items()}
+            copies.synchronize()
+            self._core.release(slot)
+            return tensors
+
+        with ThreadPoolExecutor(1, "pkt-copy") as pool:
+            ahead = pool.submit(fetch)
+            while (tensors := ahead.result()) is not None:
+                for tensor in tensors.values():
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+                ahead = pool.submit(fetch)
+                yield tensors
+
+
+def _views(
+    memory: torch.Tensor, plan: _core.Layout, pieces: dict[str, Piece], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for (name, piece), place in zip(pieces.items(), plan.places, strict=True):
+        raw = memory[place : place + piece.bytes]
+        view = raw.view(TORCH_DTYPES[piece.dtype]).view(piece.shape)
+        if view.dtype == torch.float16 and dtype == torch.bfloat16:
+            view = view.view(dtype).copy_(view.to(dtype))  # same size: in place
+        tensors[name] = view.to(dtype)
+    return tensors

@@ -1,0 +1,102 @@
+"""Catching what a linear layer's weight gradient is made of, instead of the gradient.
+
+For y = xWᵀ the gradient of W is dYᵀX: the input X is at hand when the layer is called, dY when
+autograd comes back through it. Either goes straight to the observer, or, where the scores of a
+whole layer do not fit in memory, to scratch files from which one matrix at a time is replayed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkt.sweep.spool import Scratch, Spool
+
+Sink = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], bool]
+
+
+class Captures:
+    """Hooks on the linear modules of one layer, for the time of a ``with`` block.
+
+    Args:
+        linears: by suffix; each must be called exactly once a forward.
+        spool: gives scratch files when ``sink`` is ``None``.
+        sink: takes (module, weight, X, dY) as soon as dY is there; false means not finite.
+
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], spool: Spool, sink: Sink | None) -> None:
+        self._linears, self._spool, self._sink = linears, spool, sink
+        self._stack = ExitStack()
+        self._files: dict[str, tuple[Scratch, Scratch]] = {}  # module → its X and its dY
+        self._owners: set[str] = set()  # modules whose X no other module has written already
+        self._calls: Counter[str] = Counter()
+        self._weights: Mapping[str, torch.Tensor] = {}
+        self._seen: dict[str, torch.Tensor] = {}
+        self._number = 0
+        self.finite = True
+        self.uncalled: str | None = None
+
+    def __enter__(self) -> Captures:
+        for name, module in self._linears.items():
+            handle = module.register_forward_hook(self._hook(name))
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def seed(self, number: int, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """One forward and backward of seed ``number``."""
+        self._number, self._weights, self.finite = number, weights, True
+        self._seen, self.uncalled = {}, None
+        self._calls.clear()
+        yield
+        self.uncalled = next((name for name in self._linears if self._calls[name] != 1), None)
+        self._seen = {}
+
+    def replay(self, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """X and dY of each seed, read back from the scratch files."""
+        inputs, upstream = self._files[module]
+        for number in range(len(self._spool.lengths)):
+            yield inputs.read(number), upstream.read(number)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def forward(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self._calls[name] += 1
+            self._seen[name] = args[0].detach()
+            output.register_hook(lambda gradient: self._catch(name, gradient))
+
+        return forward
+
+    def _catch(self, name: str, gradient: torch.Tensor) -> None:
+        x, dy = self._seen[name].flatten(0, -2), gradient.detach().flatten(0, -2)
+        if self._sink is not None:
+            self.finite &= self._sink(name, self._weights[f"{name}.weight"], x, dy)
+            return
+        if name not in self._files:
+            self._files[name] = (self._shared_input(name, x), self._open(f"dy-{name}", dy))
+        inputs, upstream = self._files[name]
+        if name in self._owners:
+            inputs.write(self._number, x)
+        upstream.write(self._number, dy)
+
+    def _shared_input(self, name: str, x: torch.Tensor) -> Scratch:
+        """q, k and v are fed the same tensor: it is written once."""
+        for other, (inputs, _) in self._files.items():
+            seen = self._seen[other]
+            if (seen.data_ptr(), seen.numel()) == (x.data_ptr(), x.numel()):
+                return inputs
+        self._owners.add(name)
+        return self._open(f"x-{name}", x)
+
+    def _open(self, name: str, like: torch.Tensor) -> Scratch:
+        scratch = Scratch(self._spool.folder / f"{name}.tmp", self._spool.lengths, like)
+        self._stack.callback(scratch.close)
+        return scratch

@@ -1,0 +1,384 @@
+"""The layer-major sweep: every seed goes through layer i before any seed meets layer i + 1.
+
+So the teacher is read at most twice, whatever the number of seeds: once forward, leaving each
+layer's inputs in the spool, once backward, where each layer is recomputed with gradients. For a
+linear layer y = xWᵀ autograd is never asked for a weight gradient: its input X and upstream
+gradient dY go to an observer, which makes dYᵀX in row blocks as it needs them. Results do not
+depend on slots, memory budget or on where a killed run was continued.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from pkt.checkpoint import Checkpoint, Piece, find_outer
+from pkt.errors import CheckpointError, PktError
+from pkt.records import Seed
+from pkt.sweep.capture import Captures
+from pkt.sweep.skeleton import Call, Skeleton
+from pkt.sweep.spool import Spool
+
+LOGIT_ELEMENTS = 1 << 23  # logits made at once; a constant, so that no result depends on a budget
+CALL_BYTES = 64 << 20  # masks and position embeddings kept between layers
+
+Weights = Mapping[str, torch.Tensor]
+Notify = Callable[[str, int, int], None]
+
+
+class Observer(Protocol):
+    """What becomes of the gradients, one sample at a time."""
+
+    def linear(self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> bool:
+        """One seed's input (n, in) and upstream gradient (n, out); false if not finite."""
+
+    def parameter(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> bool:
+        """One seed's gradient of any other parameter; false if not finite."""
+
+    def finish_matrix(self, layer: int, module: str, weight: torch.Tensor) -> None:
+        """Every seed's part of this linear weight has been seen."""
+
+    def finish_layer(self, layer: int) -> dict[str, Any]:
+        """Every parameter of the layer is finished: its JSON record."""
+
+
+class Source(Protocol):
+    """Where weights come from: the stream of jobs, and reads out of turn."""
+
+    def jobs(self, labels: Sequence[tuple[str, dict[str, Piece]]]) -> Iterator[Weights]:
+        """The weights of each job in order, valid until the next is asked for."""
+
+    def read(self, pieces: dict[str, Piece]) -> dict[str, torch.Tensor]:
+        """Some tensors now, in memory of their own."""
+
+
+@dataclass
+class Sweep:
+    """One teacher, its seeds, and the work folder they leave their traces in."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    seeds: Sequence[Seed]
+    spool: Spool
+    source: Source
+    device: torch.device
+    whole_layer: bool  #: scores of a layer are resident; else (X, dY) are spooled, matrix by matrix
+    chunk_rows: int  #: embedding rows that fit a slot
+    notify: Notify = lambda phase, done, total: None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _calls: OrderedDict[int, list[Call]] = field(default_factory=OrderedDict)
+    _outer: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def run(self, observer: Observer) -> tuple[list[float], list[dict[str, Any]]]:
+        """Both passes, from wherever the spool stands.
+
+        Returns:
+            the loss of each seed, and the observer's record of each layer.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite.
+            PktError: a seed's loss or gradient is.
+            OutputError: the work folder cannot be written.
+
+        """
+        depth = len(self.skeleton.layers)
+        records = self._recorded(depth)
+        first_done = depth - len(records)
+        head_done = self.spool.get("losses") is not None and (
+            first_done == 0 or self.spool.valid(_upstream(first_done))
+        )
+        if not head_done:
+            records, first_done = [], depth
+        needed = list(range(first_done)) + ([depth] if not head_done else [])
+        absent = [index for index in needed if not self.spool.valid(_boundary(index))]
+        embed = 0 in absent
+        forward = [index - 1 for index in absent if index > 0]
+        backward = list(reversed(range(first_done)))
+        jobs: list[tuple[str, dict[str, Piece]]] = []
+        chunks = self._embedding_chunks() if embed else []
+        jobs += [("embedding", {"rows": piece}) for piece in chunks]
+        jobs += [(f"layer {i}", dict(self._layer_pieces(i))) for i in (*forward, *backward)]
+        if jobs:
+            self._outer = self.source.read(self._outer_pieces())
+        weights = self.source.jobs(jobs)
+        if embed:
+            with self._phase("embed"):
+                self._embed(weights, chunks)
+        with self._phase("forward"):
+            for done, index in enumerate(forward):
+                self._forward(index, next(weights))
+                self.notify("forward", done + 1, len(forward))
+        if not head_done:
+            with self._phase("head"):
+                self._head(depth)
+        with self._phase("backward"):
+            for done, index in enumerate(backward):
+                records.insert(0, self._backward(index, next(weights), observer))
+                self.notify("backward", depth - first_done + done + 1, depth)
+        losses: list[float] = self.spool.get("losses")
+        return losses, records
+
+    def _recorded(self, depth: int) -> list[dict[str, Any]]:
+        """Records of the layers that are done: an unbroken run down from the last layer."""
+        records: list[dict[str, Any]] = []
+        for index in reversed(range(depth)):
+            record = self.spool.get(_record(index))
+            if record is None:
+                break
+            records.insert(0, record)
+        return records
+
+    def _embed(self, weights: Iterator[Weights], chunks: Sequence[Piece]) -> None:
+        """Gather embedding rows, run what the model does before its first layer."""
+        ids = torch.tensor([token for seed in self.seeds for token in seed.tokens])
+        with self.spool.scratch("rows", len(ids), self.spool.width) as rows:
+            start = 0
+            for piece in chunks:
+                chunk, stop = next(weights)["rows"].cpu(), start + piece.shape[0]
+                for part in torch.arange(len(ids)).split(4096):
+                    here = part[(ids[part] >= start) & (ids[part] < stop)]
+                    rows[here] = chunk[ids[here] - start]
+                start = stop
+            with self.spool.writer(_boundary(0)) as out, torch.no_grad():
+                for block in rows.split(list(self.spool.lengths)):
+                    out.append(self.skeleton.prefix(block.to(self.device), self._outer)[0])
+        self._check_calls()
+
+    @torch.no_grad()
+    def _forward(self, index: int, weights: Weights) -> None:
+        with self.spool.writer(_boundary(index + 1)) as out:
+            for number, seed in enumerate(self.seeds):
+                hidden = self.spool.read(_boundary(index), number).to(self.device)
+                args, kwargs = self._call(len(seed.tokens), index)
+                result = self._apply(index, weights, hidden, args, kwargs)
+                if not bool(torch.isfinite(result).all()):
+                    raise self._not_finite(index, weights, seed, "activation")
+                out.append(result[0])
+
+    def _head(self, depth: int) -> None:
+        """Loss of each seed, and its gradient with respect to the last hidden state."""
+        head = self.source.read({"head": self._head_piece()})["head"]
+        step = max(1, LOGIT_ELEMENTS // head.shape[0])
+        losses = []
+        with self.spool.writer(_upstream(depth)) as out:
+            for number, seed in enumerate(self.seeds):
+                hidden = self.spool.read(_boundary(depth), number).to(self.device)
+                if number == 0:
+                    self._check_head(hidden, head)
+                gradient, loss = torch.zeros_like(hidden), 0.0
+                at = torch.tensor(seed.loss_mask, device=self.device).nonzero()[:, 0]
+                targets = torch.tensor(seed.tokens, device=self.device)
+                for part in at.split(step):
+                    leaf = hidden[part - 1].requires_grad_()
+                    logits = self.skeleton.logits(leaf, head, self._outer).float()
+                    total = functional.cross_entropy(logits, targets[part], reduction="sum")
+                    (gradient[part - 1],) = torch.autograd.grad(total / len(at), leaf)
+                    loss += float(total.detach()) / len(at)
+                if not torch.isfinite(torch.tensor(loss)) or not bool(gradient.isfinite().all()):
+                    raise self._not_finite(None, {"head": head, **self._outer}, seed, "loss")
+                out.append(gradient)
+                losses.append(loss)
+                self.notify("head", number + 1, len(self.seeds))
+        self.spool.put("losses", losses)
+
+    def _backward(self, index: int, weights: Weights, observer: Observer) -> dict[str, Any]:
+        """Recompute one layer per seed with gradients; hand them to the observer."""
+        linears = self.skeleton.linears(index)
+        others = {n: w for n, w in weights.items() if n.removesuffix(".weight") not in linears}
+        captures = Captures(linears, self.spool, observer.linear if self.whole_layer else None)
+        live = {**weights, **{n: w.detach().requires_grad_() for n, w in others.items()}}
+        with captures, self.spool.writer(_upstream(index)) as out:
+            for number, seed in enumerate(self.seeds):
+                hidden = self.spool.read(_boundary(index), number).to(self.device)
+                upstream = self.spool.read(_upstream(index + 1), number).to(self.device)
+                args, kwargs = self._call(len(seed.tokens), index)
+                leaf = hidden.requires_grad_()
+                with captures.seed(number, weights):
+                    result = self._apply(index, live, leaf, args, kwargs)
+                    gradients = torch.autograd.grad(
+                        result, [leaf, *(live[n] for n in others)], upstream[None], allow_unused=True
+                    )
+                if uncalled := captures.uncalled:
+                    raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
+                finite = captures.finite
+                for name, gradient in zip(others, gradients[1:], strict=True):
+                    if gradient is not None:
+                        finite &= observer.parameter(name, others[name], gradient)
+                if not finite:
+                    raise self._not_finite(index, weights, seed, "gradient")
+                out.append(gradients[0])
+            for module in linears:
+                weight = weights[f"{module}.weight"]
+                if not self.whole_layer:
+                    for x, dy in captures.replay(module):
+                        if not observer.linear(module, weight, x.to(self.device), dy.to(self.device)):
+                            raise self._not_finite(index, weights, self.seeds[0], "gradient")
+                observer.finish_matrix(index, module, weight)
+        record = observer.finish_layer(index)
+        self.spool.put(_record(index), record)
+        self.spool.drop(_upstream(index + 1))
+        self.spool.drop(_boundary(index + 1))
+        return record
+
+    def _apply(
+        self, index: int, weights: Weights, hidden: torch.Tensor, args: Any, kwargs: Any
+    ) -> torch.Tensor:
+        layer = self.skeleton.layers[index]
+        absent = [name for name, _ in layer.named_parameters() if name not in weights]
+        if absent:
+            raise self.skeleton.tape.refusal(f"has no weight for '{absent[0]}' of layer {index}")
+        result = torch.func.functional_call(
+            layer, dict(weights), (hidden[None], *args), kwargs, tie_weights=False
+        )
+        result = result[0] if isinstance(result, tuple) else result
+        if not isinstance(result, torch.Tensor) or result.shape != (1, *hidden.shape):
+            raise self.skeleton.tape.refusal("has decoder layers that return no hidden state")
+        return result
+
+    def _call(self, length: int, index: int) -> Call:
+        """How the model calls layer ``index`` for a text of ``length`` tokens."""
+        if length not in self._calls:
+            rows = torch.zeros(length, self.spool.width, dtype=self.spool.dtype, device=self.device)
+            with torch.no_grad():
+                self.skeleton.prefix(rows, self._outer)
+            self._calls[length] = self.skeleton.tape.calls
+            while len(self._calls) > 1 and _call_bytes(self._calls.values()) > CALL_BYTES:
+                self._calls.popitem(last=False)
+        self._calls.move_to_end(length)
+        return self._calls[length][index]
+
+    def _check_calls(self) -> None:
+        """Refuse a family whose layer arguments depend on more than the length."""
+        length = len(self.seeds[-1].tokens)
+        seen = self.skeleton.tape.calls  # of the last seed, made from its real embeddings
+        for index, real in enumerate(seen):
+            if not _same(real, self._call(length, index)):
+                raise self.skeleton.tape.refusal("gives its layers arguments made from the text")
+
+    @torch.no_grad()
+    def _check_head(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
+        """Refuse a family whose logits at a position depend on other positions."""
+        two = self.skeleton.logits(hidden[:2], head, self._outer)
+        one = self.skeleton.logits(hidden[:1], head, self._outer)
+        if not torch.allclose(two[:1].float(), one.float(), rtol=0.05, atol=0.05, equal_nan=True):
+            raise self.skeleton.tape.refusal("mixes positions after its last layer")
+
+    def _layer_pieces(self, index: int) -> Mapping[str, Piece]:
+        pieces = self.checkpoint.layers[index]
+        names = [name for name, _ in self.skeleton.layers[index].named_parameters()]
+        missing = [name for name in names if name not in pieces]
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: layer {index} has no tensor '{missing[0]}'",
+                "the checkpoint does not belong to this config.json",
+            )
+        expected = {n: tuple(p.shape) for n, p in self.skeleton.layers[index].named_parameters()}
+        for name, shape in expected.items():
+            if pieces[name].shape != shape:
+                raise CheckpointError(
+                    f"tensor '{pieces[name].name}' in {self.checkpoint.shard_name(pieces[name])}: "
+                    f"expected shape {shape} from config.json, found {pieces[name].shape}"
+                )
+        return {name: pieces[name] for name in names}
+
+    def _outer_pieces(self) -> dict[str, Piece]:
+        return {name: self._place(name) for name in self.skeleton.outer}
+
+    def _head_piece(self) -> Piece:
+        return self._place(self.head_name)
+
+    @property
+    def head_name(self) -> str:
+        """The parameter that holds the head: the embedding where both are one tensor."""
+        name, prefix = self.skeleton.head, self.skeleton.base_prefix
+        tied = self.skeleton.may_tie or find_outer(self.checkpoint, name, prefix) is None
+        if tied and find_outer(self.checkpoint, self.skeleton.embedding, prefix) is not None:
+            return self.skeleton.embedding
+        return name
+
+    def _embedding_chunks(self) -> list[Piece]:
+        prefix, name = self.skeleton.base_prefix, self.skeleton.embedding
+        whole = find_outer(self.checkpoint, name, prefix) or self._head_piece()
+        starts = range(0, whole.shape[0], self.chunk_rows)
+        return [whole.rows(s, min(s + self.chunk_rows, whole.shape[0])) for s in starts]
+
+    def _place(self, name: str) -> Piece:
+        piece = find_outer(self.checkpoint, name, self.skeleton.base_prefix)
+        if piece is None:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: no tensor for the parameter '{name}'",
+                "the checkpoint does not belong to this config.json",
+            )
+        return piece
+
+    def _not_finite(
+        self, index: int | None, weights: Weights, seed: Seed, what: str
+    ) -> PktError:
+        """Blame the weight that is NaN or infinite, else the seed."""
+        for name, weight in weights.items():
+            bad = ~torch.isfinite(weight)
+            if bool(bad.any()):
+                piece = self.checkpoint.layers[index][name] if index is not None else None
+                piece = piece or (self._head_piece() if name == "head" else self._place(name))
+                where = tuple(int(i) for i in bad.nonzero()[0])
+                return CheckpointError(
+                    f"tensor '{piece.name}' in {self.checkpoint.shard_name(piece)}: expected finite "
+                    f"weights, found {float(weight[where])} at {where}",
+                    "the checkpoint is damaged: fetch it again",
+                )
+        place = "" if index is None else f" in layer {index}"
+        return PktError(
+            f"seed {seed.name}: its {what}{place} is not finite, though all weights are",
+            "try --dtype float32, or leave this seed out",
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _boundary(index: int) -> str:
+    return f"input-{index:05d}"
+
+
+def _upstream(index: int) -> str:
+    return f"upstream-{index:05d}"
+
+
+def _record(index: int) -> str:
+    return f"layer-{index:05d}"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _call_bytes(calls: Any) -> int:
+    seen = {t.data_ptr(): t.nbytes for t in _tensors(list(calls))}
+    return sum(seen.values())
+
+
+def _same(first: Call, second: Call) -> bool:
+    ours, theirs = list(_tensors(first)), list(_tensors(second))
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
+

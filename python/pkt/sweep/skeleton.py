@@ -1,0 +1,208 @@
+"""A model without weights, whose decoder layers can be called one at a time.
+
+transformers builds the model on the meta device and keeps its own forward: recorders stand in
+for the decoder layers, pass hidden states through and note the arguments (masks, position
+embeddings) that the model calls each layer with. Nothing here knows a family; a model whose
+forward does more between its layers than pass one tensor along is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkt.errors import IncompatibleError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Tape:
+    """What the recorders see during one forward of the model."""
+
+    def __init__(self, layers: int, family: str) -> None:
+        self.layers, self.family = layers, family
+        self.start()
+
+    def start(self, last: torch.Tensor | None = None) -> None:
+        """Forget the last run; ``last`` is what the final layer is to return."""
+        self.calls: list[Call] = []
+        self.first: torch.Tensor | None = None
+        self._expected: torch.Tensor | None = None
+        self._last = last
+
+    def visit(self, index: int, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in place of layer ``index``; refuses what is not one tensor handed along."""
+        if index != len(self.calls) or not isinstance(hidden, torch.Tensor):
+            raise self.refusal("does not call its decoder layers once each, in order")
+        if index == 0:
+            self.first = hidden
+        elif hidden is not self._expected:
+            raise self.refusal(f"changes the hidden state between layers {index - 1} and {index}")
+        self.calls.append((args, kwargs))
+        ends = index == self.layers - 1 and self._last is not None
+        self._expected = self._last if ends else hidden
+        return self._expected
+
+    def refusal(self, reason: str) -> IncompatibleError:
+        """The error for a family that the sweep would compute wrongly."""
+        return IncompatibleError(
+            f"model family '{self.family}': its forward {reason}",
+            "the layer-major sweep needs decoder layers that only hand one hidden state along",
+        )
+
+
+class Recorder(nn.Module):
+    """Stands in for one decoder layer; attributes the model asks of it are the layer's own."""
+
+    def __init__(self, layer: nn.Module, index: int, tape: Tape) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self._index, self._tape = index, tape
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pass ``hidden_states`` through and note the call."""
+        return self._tape.visit(self._index, hidden_states, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The parts of a causal language model, all parameters on meta.
+
+    ``embedding`` and ``head`` are the names of their parameters; ``outer`` those of every other
+    parameter outside the decoder layers (the final norm, for one).
+    """
+
+    family: str
+    model: nn.Module
+    base: nn.Module  #: the model without its head
+    layers: tuple[nn.Module, ...]
+    layers_path: str
+    base_prefix: str
+    embedding: str
+    head: str
+    outer: tuple[str, ...]
+    may_tie: bool  #: the configuration ties head and embedding
+    padding_idx: int | None  #: token whose embedding row receives no gradient from look-ups
+    tape: Tape
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linear modules of layer ``index``, by suffix."""
+        modules = self.layers[index].named_modules()
+        return {name: m for name, m in modules if isinstance(m, nn.Linear)}
+
+    def prefix(self, rows: torch.Tensor, outer: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The input of layer 0, shape (1, n, D), for gathered embedding ``rows`` (n, D).
+
+        Afterwards ``tape.calls`` holds how the model calls each of its layers.
+        """
+        strip = f"{self.base_prefix}."
+        weights = {name.removeprefix(strip): tensor for name, tensor in outer.items()}
+        weights[self.embedding.removeprefix(strip)] = rows
+        self.tape.start()
+        self._call(self.base, weights, torch.arange(rows.shape[0], device=rows.device)[None])
+        if self.tape.first is None or len(self.tape.calls) != len(self.layers):
+            raise self.tape.refusal("does not call all of its decoder layers")
+        return self.tape.first
+
+    def logits(
+        self, hidden: torch.Tensor, head: torch.Tensor, outer: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits (n, V) of last hidden states (n, D): final norm, head, and what follows it."""
+        count, width = hidden.shape
+        self.tape.start(last=hidden[None])
+        rows = torch.zeros(1, width, dtype=head.dtype, device=head.device)
+        weights = {**outer, self.embedding: rows, self.head: head}
+        ids = torch.zeros(1, count, dtype=torch.long, device=head.device)
+        logits: torch.Tensor = self._call(self.model, weights, ids).logits
+        return logits[0]
+
+    def _call(self, module: nn.Module, weights: Mapping[str, torch.Tensor], ids: Any) -> Any:
+        absent = [name for name, _ in module.named_parameters() if name not in weights]
+        if absent:
+            raise self.tape.refusal(f"uses a parameter that pkt cannot place, '{absent[0]}'")
+        kwargs = {"input_ids": ids, "use_cache": False}
+        return torch.func.functional_call(module, dict(weights), (), kwargs, tie_weights=False)
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
+    """The model of ``folder``'s configuration, without weights, ready to be swept.
+
+    Parameters are on meta; buffers (rotary frequencies, embedding scales) are real. Head and
+    embedding are separate parameters here even where the configuration ties them: the sweep
+    hands each its tensor.
+
+    Raises:
+        IncompatibleError: the family has no causal model, needs remote code, or does not keep
+            its decoder layers in one ModuleList.
+
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise IncompatibleError(f"{folder}: transformers cannot build this model: {reason}") from error
+    model.eval().requires_grad_(False)
+    model.config.pad_token_id = None  # rows are gathered: ids are positions, none is padding
+    family = str(config.model_type)
+    path, stack = _layer_stack(model, family, int(config.num_hidden_layers))
+    tape = Tape(len(stack), family)
+    layers = tuple(stack)
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise tape.refusal("has no nn.Embedding in front and nn.Linear head behind its layers")
+    if head.bias is not None:
+        raise tape.refusal("has a bias on its head")
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+    padding_idx, embedding.padding_idx = embedding.padding_idx, None
+    for index, layer in enumerate(layers):
+        stack[index] = Recorder(layer, index, tape)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ends = (names[id(embedding.weight)], names[id(head.weight)])
+    return Skeleton(
+        family=family,
+        model=model,
+        base=model.base_model,
+        layers=layers,
+        layers_path=path,
+        base_prefix=model.base_model_prefix,
+        embedding=ends[0],
+        head=ends[1],
+        outer=tuple(name for name in names.values() if name not in ends),
+        may_tie=bool(config.get_text_config().tie_word_embeddings),
+        padding_idx=padding_idx,
+        tape=tape,
+    )
+
+
+def _layer_stack(model: nn.Module, family: str, count: int) -> tuple[str, nn.ModuleList]:
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    outermost = [s for s in stacks if not any(s[0].startswith(f"{o[0]}.") for o in stacks)]
+    if len(outermost) != 1:
+        raise IncompatibleError(
+            f"model family '{family}': expected its {count} decoder layers in one ModuleList, "
+            f"found {len(outermost)} such lists",
+        )
+    return outermost[0]

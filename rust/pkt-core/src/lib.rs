@@ -1,0 +1,25 @@
+//! Reading, scoring and selecting the weights of models larger than memory.
+//!
+//! ```text
+//! folder ─checkpoint→ Catalogue ─reader→ bytes ─stream→ layer slots
+//!                                         gradients ─sensitivity→ scores ─selection→ windows
+//! ```
+//!
+//! Everything here works on memory that the caller owns, knows nothing of Python, and never
+//! panics on what a file holds: damage is an [`Error`] that names file, tensor, expected, found.
+
+pub mod checkpoint;
+pub mod dtype;
+pub mod error;
+mod folder;
+pub mod header;
+mod json;
+pub mod reader;
+pub mod selection;
+pub mod sensitivity;
+mod simd;
+pub mod stream;
+
+pub use checkpoint::{Catalogue, Entry, Shard};
+pub use dtype::Dtype;
+pub use error::{Error, Result};

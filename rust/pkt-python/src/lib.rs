@@ -1,0 +1,25 @@
+//! `pkt._core`: signatures and conversion. The work, and every formula, is in `pkt-core`.
+//!
+//! Each function converts its arguments, lets go of the interpreter ([`Python::detach`]) and maps
+//! the error once. Memory stays where the caller keeps it: buffers in, nothing copied.
+
+mod buffer;
+mod checkpoint;
+mod error;
+mod reader;
+mod selection;
+mod sensitivity;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::checkpoint::{Catalogue, dtype_bytes};
+    #[pymodule_export]
+    use super::reader::{Layout, Reader, Stream, layout};
+    #[pymodule_export]
+    use super::selection::{Matrix, best_columns, random_weights, random_window, top_layers};
+    #[pymodule_export]
+    use super::sensitivity::{accumulate, accumulate_columns, score_sum};
+}

@@ -1,0 +1,77 @@
+//! Twin of `pkt_core::sensitivity`.
+
+use half::slice::HalfBitsSliceExt;
+use pkt_core::sensitivity::{self as core, Values};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::buffer::Memory;
+use crate::error::to_python;
+
+/// A tensor as it comes from Python: 16-bit floats as uint16, with their dtype's name.
+enum Tensor {
+    Half(Memory<u16>, bool),
+    Single(Memory<f32>),
+}
+
+impl Tensor {
+    fn of(object: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Self> {
+        match dtype {
+            "BF16" => Ok(Self::Half(Memory::of(object)?, true)),
+            "F16" => Ok(Self::Half(Memory::of(object)?, false)),
+            "F32" => Ok(Self::Single(Memory::of(object)?)),
+            _ => Err(PyValueError::new_err(format!("cannot score weights of dtype '{dtype}'"))),
+        }
+    }
+
+    fn values(&self) -> Values<'_> {
+        match self {
+            Self::Half(memory, true) => Values::Bf16(memory.slice().reinterpret_cast()),
+            Self::Half(memory, false) => Values::F16(memory.slice().reinterpret_cast()),
+            Self::Single(memory) => Values::F32(memory.slice()),
+        }
+    }
+}
+
+/// Add |weights · gradients| of one sample to scores; the first index that is not finite.
+#[pyfunction]
+pub fn accumulate(
+    py: Python<'_>,
+    weights: &Bound<'_, PyAny>,
+    weights_dtype: &str,
+    gradients: &Bound<'_, PyAny>,
+    gradients_dtype: &str,
+    scores: &Bound<'_, PyAny>,
+) -> PyResult<Option<usize>> {
+    let weights = Tensor::of(weights, weights_dtype)?;
+    let gradients = Tensor::of(gradients, gradients_dtype)?;
+    let mut scores = Memory::<f32>::writable(scores)?;
+    let (weights, gradients, scores) = (weights.values(), gradients.values(), scores.slice_mut());
+    py.detach(|| core::accumulate(weights, gradients, scores)).map_err(to_python)
+}
+
+/// Add the column sums of |weights · gradients| of one sample to sums.
+#[pyfunction]
+pub fn accumulate_columns(
+    py: Python<'_>,
+    weights: &Bound<'_, PyAny>,
+    weights_dtype: &str,
+    gradients: &Bound<'_, PyAny>,
+    gradients_dtype: &str,
+    columns: usize,
+    sums: &Bound<'_, PyAny>,
+) -> PyResult<Option<usize>> {
+    let weights = Tensor::of(weights, weights_dtype)?;
+    let gradients = Tensor::of(gradients, gradients_dtype)?;
+    let mut sums = Memory::<f64>::writable(sums)?;
+    let (weights, gradients, sums) = (weights.values(), gradients.values(), sums.slice_mut());
+    py.detach(|| core::accumulate_columns(weights, gradients, columns, sums)).map_err(to_python)
+}
+
+/// Sum of scores in f64, in a fixed order.
+#[pyfunction]
+pub fn score_sum(py: Python<'_>, scores: &Bound<'_, PyAny>) -> PyResult<f64> {
+    let scores = Memory::<f32>::of(scores)?;
+    let scores = scores.slice();
+    Ok(py.detach(|| core::sum(scores)))
+}
