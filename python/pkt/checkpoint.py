@@ -19,6 +19,9 @@ from pkt.errors import CheckpointError, IncompatibleError
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
 _LAYER = re.compile(r"^(?P<path>.*?)\.?(?P<index>\d+)\.(?P<suffix>.+)$")
 
 
@@ -146,11 +149,15 @@ def find_outer(checkpoint: Checkpoint, name: str, prefix: str) -> Piece | None:
     """The piece of the parameter ``name`` outside the decoder layers, or ``None``.
 
     Checkpoints saved from the bare base model lack its prefix, others carry one too many:
-    ``name``, ``name`` without ``prefix.`` and ``prefix.name`` are tried in this order.
+    ``name``, ``name`` without ``prefix.`` and ``prefix.name`` are tried in this order. Embedding
+    and head are known by other names too (GPT-NeoX writes its lm_head as embed_out).
     """
     for spelling in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         if spelling in checkpoint.outer:
             return checkpoint.outer[spelling]
+    for synonyms in (EMBEDDINGS, HEADS):
+        if first_of([name], synonyms) and (found := first_of(checkpoint.outer, synonyms)):
+            return checkpoint.outer[found]
     return None
 
 

@@ -34,7 +34,7 @@ def cut_window(
     """
     logical, chosen = window.row_indices, window.col_indices
     stored = list(logical) if rows is None else [rows[index] for index in logical]
-    block = _read_rows(read, piece, stored, range(chosen[0], chosen[-1] + 1))
+    block = _read_rows(read, piece, stored, window.col_range)
     return block[:, torch.tensor(chosen) - chosen[0]] if window.crossed else block
 
 

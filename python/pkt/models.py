@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pkt.checkpoint import Checkpoint, Piece, first_of, open_checkpoint
+from pkt.checkpoint import EMBEDDINGS, HEADS, Checkpoint, Piece, first_of, open_checkpoint
 from pkt.errors import CheckpointError, IncompatibleError, UsageError
-
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +68,9 @@ class Model:
     @property
     def embedding(self) -> Piece:
         """The input embedding, shape (vocabulary, hidden)."""
-        name = first_of(self.checkpoint.outer, _EMBEDDINGS)
+        name = first_of(self.checkpoint.outer, EMBEDDINGS)
         if name is None:
-            name = first_of(self.checkpoint.outer, _HEADS)
+            name = first_of(self.checkpoint.outer, HEADS)
         if name is None:
             raise IncompatibleError(f"{self.folder}: no input embedding among its tensors")
         return self.checkpoint.outer[name]
@@ -81,7 +78,7 @@ class Model:
     @property
     def head(self) -> Piece | None:
         """The output head; ``None`` where the checkpoint holds only the embedding."""
-        name = first_of(self.checkpoint.outer, _HEADS)
+        name = first_of(self.checkpoint.outer, HEADS)
         return self.checkpoint.outer[name] if name else None
 
     def hashes(self) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class Window:
         return self.rows or () if self.crossed else range(*(self.rows or (0,)))
 
     @property
+    def col_range(self) -> range:
+        first, last = self.col_indices[0], self.col_indices[-1]
+        return range(first, last + 1)
+
+    @property
     def col_indices(self) -> Sequence[int]:
         return self.cols or () if self.crossed else range(*(self.cols or (0,)))
 

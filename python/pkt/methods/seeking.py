@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import pkt
@@ -40,6 +41,7 @@ from pkt.report import write_report
 from pkt.selection import (
     Cut,
     Ranking,
+    choose_columns,
     mask_indices,
     mask_name,
     mix_seed,
@@ -47,8 +49,8 @@ from pkt.selection import (
     recorded_heat,
     recorded_window,
 )
-from pkt.sensitivity import LayerScores
-from pkt.stream import CheckpointSource
+from pkt.sensitivity import LayerScores, accumulate_columns
+from pkt.stream import PAGE, CheckpointSource
 from pkt.sweep import Skeleton, Spool, Sweep, build_skeleton
 
 Notify = Callable[[str, int, int], None]
@@ -160,13 +162,15 @@ def run(
         source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
         try:
             # 1. Sensitivity of every teacher parameter, summed over the seeds.
-            losses, records = _sweep(task, skeleton, source, work, notify, costs)
+            losses, records, ends = _sweep(task, skeleton, source, work, notify, costs)
             scores = [float(record["score"]) for record in records]
             # 2. The teacher layers that feed the student's, in order.
             layers = pick_layers(scores, task.student.layers, config.layers, config.seed)
             # 3. The most sensitive sub-matrix of every kept weight; 4. its leading factors.
             with costs.phase("factors"):
                 windows, factors = _factors(task, student, source, records, layers, work, notify)
+                if config.embeddings:
+                    _factor_ends(task, skeleton, student, source, ends, windows, factors)
         finally:
             source.close()
         manifest = {
@@ -184,7 +188,7 @@ def run(
             write_adapter(staged, settings, adapter_tensors(factors, _embedding(student, factors)))
             check_adapter(staged, task.student.folder)
         with costs.phase("report"):
-            heats = _heats(task, student, records, layers)
+            heats = _heats(task, student, records, layers) | _end_heats(student, ends, manifest)
             spectra = {name: f.singular_values for name, f in factors.items()}
             energy = {name: _energy(f) for name, f in factors.items()}
             write_report(staged / "report", manifest, heats, spectra, energy)
@@ -205,7 +209,7 @@ def _sweep(
     work: Path,
     notify: Notify,
     costs: Costs,
-) -> tuple[list[float], list[dict[str, Any]]]:
+) -> tuple[list[float], list[dict[str, Any]], dict[str, list[float]]]:
     config, checkpoint = task.config, task.teacher.checkpoint
     whole = task.plan.scores == "layer"
     spool = Spool(
@@ -240,11 +244,16 @@ def _sweep(
         source=source,
         device=source.device,
         whole_layer=whole,
-        chunk_rows=max(1, source.slot_bytes // (row_bytes + 1)),
+        chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
+        keep_last=config.embeddings,
         notify=notify,
         seconds=costs.seconds,
     )
-    return sweep.run(observer)
+    losses, records = sweep.run(observer)
+    del observer, memory  # the scores' memory makes room for the head
+    source.close()
+    ends = sweep.ends(accumulate_columns) if config.embeddings else {}
+    return losses, records, ends
 
 
 def _factors(
@@ -256,7 +265,6 @@ def _factors(
     work: Path,
     notify: Notify,
 ) -> tuple[dict[str, Window], dict[str, Factors]]:
-    source.close()
     config = task.config
     windows: dict[str, Window] = {}
     factors: dict[str, Factors] = {}
@@ -272,13 +280,41 @@ def _factors(
                 [(w, physical_rows(p.student, task.student.head_dim, 1)) for p, w in mine.items()]
             )
             name = f"{student.layers_path}.{index}.{module}"
-            if config.select == "orthogonal":
-                mixed = mix_seed(config.seed, name)
-                factors[name] = orthogonal_factors(weight, config.rank, config.split, mixed)
-            else:
-                factors[name] = factorize(weight, config.rank, config.split)
+            factors[name] = _split(config, weight, name)
         notify("factors", index + 1, len(layers))
     return windows, factors
+
+
+def _factor_ends(
+    task: Task,
+    skeleton: Skeleton,
+    student: Skeleton,
+    source: CheckpointSource,
+    ends: Mapping[str, Sequence[float]],
+    windows: dict[str, Window],
+    factors: dict[str, Factors],
+) -> None:
+    """Embedding and head: every vocabulary row, the best run of channels."""
+    config, teacher = task.config, task.teacher
+    width = task.student.hidden_size
+    for end, piece, theirs, ours in (
+        ("embedding", teacher.embedding, skeleton.embedding, student.embedding),
+        ("head", teacher.head or teacher.embedding, skeleton.head, student.head),
+    ):
+        name = ours.removesuffix(".weight")
+        sums = np.asarray(ends[end])
+        window = choose_columns(sums, width, piece.shape[0], theirs.removesuffix(".weight"))
+        weight = source.window(piece, range(piece.shape[0]), window.col_range)
+        turned = weight.T if end == "embedding" else weight  # PEFT stores embeddings so
+        windows[name] = window
+        factors[name] = _split(config, turned, name)
+
+
+def _split(config: Config, weight: torch.Tensor, name: str) -> Factors:
+    if config.select == "orthogonal":
+        mixed = mix_seed(config.seed, name)
+        return orthogonal_factors(weight, config.rank, config.split, mixed)
+    return factorize(weight, config.rank, config.split)
 
 
 def _cut(
@@ -320,6 +356,18 @@ def _heats(
         for index, layer in enumerate(layers)
         for pair in task.pairs
     }
+
+
+def _end_heats(
+    student: Skeleton, ends: Mapping[str, Sequence[float]], manifest: Mapping[str, Any]
+) -> dict[str, Heat]:
+    names = {"embedding": student.embedding, "head": student.head}
+    heats = {}
+    for end, sums in ends.items():
+        name = names[end].removesuffix(".weight")
+        rows = manifest["windows"][name]["rows"][1]
+        heats[name] = Heat(np.asarray(sums, dtype=np.float32)[None] / rows, rows, len(sums))
+    return heats
 
 
 def _energy(factors: Factors) -> float:

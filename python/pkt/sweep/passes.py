@@ -9,6 +9,7 @@ depend on slots, memory budget or on where a killed run was continued.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +24,12 @@ from pkt.checkpoint import Checkpoint, Piece, find_outer
 from pkt.errors import CheckpointError, PktError
 from pkt.records import Seed
 from pkt.sweep.capture import Captures
+from pkt.sweep.ends import Accumulate, column_scores
 from pkt.sweep.skeleton import Call, Skeleton
 from pkt.sweep.spool import Spool
 
 LOGIT_ELEMENTS = 1 << 23  # logits made at once; a constant, so that no result depends on a budget
+GATHER_TOKENS = 1024  # embedding rows copied at once
 CALL_BYTES = 64 << 20  # masks and position embeddings kept between layers
 
 Weights = Mapping[str, torch.Tensor]
@@ -71,10 +74,11 @@ class Sweep:
     device: torch.device
     whole_layer: bool  #: scores of a layer are resident; else (X, dY) are spooled, matrix by matrix
     chunk_rows: int  #: embedding rows that fit a slot
+    keep_last: bool = False  #: last hidden states are wanted again, for embedding and head
     notify: Notify = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
     _calls: OrderedDict[int, list[Call]] = field(default_factory=OrderedDict)
-    _outer: dict[str, torch.Tensor] = field(default_factory=dict)
+    outer: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self, observer: Observer) -> tuple[list[float], list[dict[str, Any]]]:
         """Both passes, from wherever the spool stands.
@@ -92,21 +96,23 @@ class Sweep:
         records = self._recorded(depth)
         first_done = depth - len(records)
         head_done = self.spool.get("losses") is not None and (
-            first_done == 0 or self.spool.valid(_upstream(first_done))
+            first_done == 0 or self.spool.valid(upstream_of(first_done))
         )
         if not head_done:
             records, first_done = [], depth
-        needed = list(range(first_done)) + ([depth] if not head_done else [])
-        absent = [index for index in needed if not self.spool.valid(_boundary(index))]
+        needed = list(range(first_done))
+        if not head_done or (self.keep_last and self.spool.get("ends") is None):
+            needed.append(depth)
+        absent = [index for index in needed if not self.spool.valid(boundary(index))]
         embed = 0 in absent
         forward = [index - 1 for index in absent if index > 0]
         backward = list(reversed(range(first_done)))
         jobs: list[tuple[str, dict[str, Piece]]] = []
-        chunks = self._embedding_chunks() if embed else []
+        chunks = self.embedding_chunks() if embed else []
         jobs += [("embedding", {"rows": piece}) for piece in chunks]
         jobs += [(f"layer {i}", dict(self._layer_pieces(i))) for i in (*forward, *backward)]
-        if jobs:
-            self._outer = self.source.read(self._outer_pieces())
+        if needed:
+            self.outer = self.source.read(self._outer_pieces())
         weights = self.source.jobs(jobs)
         if embed:
             with self._phase("embed"):
@@ -125,6 +131,15 @@ class Sweep:
         losses: list[float] = self.spool.get("losses")
         return losses, records
 
+    def ends(self, accumulate: Accumulate) -> dict[str, list[float]]:
+        """Column scores (D,) of embedding and head, from the spool that `run` has left."""
+        record: dict[str, list[float]] | None = self.spool.get("ends")
+        if record is None:
+            with self._phase("ends"):
+                record = column_scores(self, accumulate)
+            self.spool.put("ends", record)
+        return record
+
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
         records: list[dict[str, Any]] = []
@@ -137,25 +152,31 @@ class Sweep:
 
     def _embed(self, weights: Iterator[Weights], chunks: Sequence[Piece]) -> None:
         """Gather embedding rows, run what the model does before its first layer."""
+        with self.gathered(next(weights)["rows"] for _ in chunks) as rows:
+            with self.spool.writer(boundary(0)) as out, torch.no_grad():
+                for block in rows.split(list(self.spool.lengths)):
+                    out.append(self.skeleton.prefix(block.to(self.device), self.outer)[0])
+        self._check_calls()
+
+    @contextmanager
+    def gathered(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The embedding row of every token of every seed, (tokens, D), from runs of rows."""
         ids = torch.tensor([token for seed in self.seeds for token in seed.tokens])
         with self.spool.scratch("rows", len(ids), self.spool.width) as rows:
             start = 0
-            for piece in chunks:
-                chunk, stop = next(weights)["rows"].cpu(), start + piece.shape[0]
-                for part in torch.arange(len(ids)).split(4096):
+            for chunk in chunks:
+                table, stop = chunk.cpu(), start + chunk.shape[0]
+                for part in torch.arange(len(ids)).split(GATHER_TOKENS):
                     here = part[(ids[part] >= start) & (ids[part] < stop)]
-                    rows[here] = chunk[ids[here] - start]
+                    rows[here] = table[ids[here] - start]
                 start = stop
-            with self.spool.writer(_boundary(0)) as out, torch.no_grad():
-                for block in rows.split(list(self.spool.lengths)):
-                    out.append(self.skeleton.prefix(block.to(self.device), self._outer)[0])
-        self._check_calls()
+            yield rows
 
     @torch.no_grad()
     def _forward(self, index: int, weights: Weights) -> None:
-        with self.spool.writer(_boundary(index + 1)) as out:
+        with self.spool.writer(boundary(index + 1)) as out:
             for number, seed in enumerate(self.seeds):
-                hidden = self.spool.read(_boundary(index), number).to(self.device)
+                hidden = self.spool.read(boundary(index), number).to(self.device)
                 args, kwargs = self._call(len(seed.tokens), index)
                 result = self._apply(index, weights, hidden, args, kwargs)
                 if not bool(torch.isfinite(result).all()):
@@ -164,29 +185,36 @@ class Sweep:
 
     def _head(self, depth: int) -> None:
         """Loss of each seed, and its gradient with respect to the last hidden state."""
-        head = self.source.read({"head": self._head_piece()})["head"]
-        step = max(1, LOGIT_ELEMENTS // head.shape[0])
+        head = self.source.read({"head": self.head_piece})["head"]
         losses = []
-        with self.spool.writer(_upstream(depth)) as out:
+        with self.spool.writer(upstream_of(depth)) as out:
             for number, seed in enumerate(self.seeds):
-                hidden = self.spool.read(_boundary(depth), number).to(self.device)
+                hidden = self.spool.read(boundary(depth), number).to(self.device)
                 if number == 0:
                     self._check_head(hidden, head)
-                gradient, loss = torch.zeros_like(hidden), 0.0
-                at = torch.tensor(seed.loss_mask, device=self.device).nonzero()[:, 0]
-                targets = torch.tensor(seed.tokens, device=self.device)
-                for part in at.split(step):
-                    leaf = hidden[part - 1].requires_grad_()
-                    logits = self.skeleton.logits(leaf, head, self._outer).float()
-                    total = functional.cross_entropy(logits, targets[part], reduction="sum")
-                    (gradient[part - 1],) = torch.autograd.grad(total / len(at), leaf)
-                    loss += float(total.detach()) / len(at)
-                if not torch.isfinite(torch.tensor(loss)) or not bool(gradient.isfinite().all()):
-                    raise self._not_finite(None, {"head": head, **self._outer}, seed, "loss")
+                loss, gradient = self.loss(seed, hidden, head)
+                if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+                    raise self._not_finite(None, {"head": head, **self.outer}, seed, "loss")
                 out.append(gradient)
                 losses.append(loss)
                 self.notify("head", number + 1, len(self.seeds))
         self.spool.put("losses", losses)
+
+    def loss(
+        self, seed: Seed, hidden: torch.Tensor, head: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """Mean cross-entropy of a seed's loss tokens, and its gradient at ``hidden`` (n, D)."""
+        step = max(1, LOGIT_ELEMENTS // head.shape[0])
+        gradient, loss = torch.zeros_like(hidden), 0.0
+        at = torch.tensor(seed.loss_mask, device=self.device).nonzero()[:, 0]
+        targets = torch.tensor(seed.tokens, device=self.device)
+        for part in at.split(step):
+            leaf = hidden[part - 1].requires_grad_()
+            logits = self.skeleton.logits(leaf, head, self.outer).float()
+            total = functional.cross_entropy(logits, targets[part], reduction="sum") / len(at)
+            (gradient[part - 1],) = torch.autograd.grad(total, leaf)
+            loss += float(total.detach())
+        return loss, gradient
 
     def _backward(self, index: int, weights: Weights, observer: Observer) -> dict[str, Any]:
         """Recompute one layer per seed with gradients; hand them to the observer."""
@@ -194,10 +222,10 @@ class Sweep:
         others = {n: w for n, w in weights.items() if n.removesuffix(".weight") not in linears}
         captures = Captures(linears, self.spool, observer.linear if self.whole_layer else None)
         live = {**weights, **{n: w.detach().requires_grad_() for n, w in others.items()}}
-        with captures, self.spool.writer(_upstream(index)) as out:
+        with captures, self.spool.writer(upstream_of(index)) as out:
             for number, seed in enumerate(self.seeds):
-                hidden = self.spool.read(_boundary(index), number).to(self.device)
-                upstream = self.spool.read(_upstream(index + 1), number).to(self.device)
+                hidden = self.spool.read(boundary(index), number).to(self.device)
+                upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
                 args, kwargs = self._call(len(seed.tokens), index)
                 leaf = hidden.requires_grad_()
                 with captures.seed(number, weights):
@@ -223,8 +251,9 @@ class Sweep:
                 observer.finish_matrix(index, module, weight)
         record = observer.finish_layer(index)
         self.spool.put(_record(index), record)
-        self.spool.drop(_upstream(index + 1))
-        self.spool.drop(_boundary(index + 1))
+        self.spool.drop(upstream_of(index + 1))
+        if not (self.keep_last and index + 1 == len(self.skeleton.layers)):
+            self.spool.drop(boundary(index + 1))
         return record
 
     def _apply(
@@ -247,7 +276,7 @@ class Sweep:
         if length not in self._calls:
             rows = torch.zeros(length, self.spool.width, dtype=self.spool.dtype, device=self.device)
             with torch.no_grad():
-                self.skeleton.prefix(rows, self._outer)
+                self.skeleton.prefix(rows, self.outer)
             self._calls[length] = self.skeleton.tape.calls
             while len(self._calls) > 1 and _call_bytes(self._calls.values()) > CALL_BYTES:
                 self._calls.popitem(last=False)
@@ -265,8 +294,8 @@ class Sweep:
     @torch.no_grad()
     def _check_head(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
         """Refuse a family whose logits at a position depend on other positions."""
-        two = self.skeleton.logits(hidden[:2], head, self._outer)
-        one = self.skeleton.logits(hidden[:1], head, self._outer)
+        two = self.skeleton.logits(hidden[:2], head, self.outer)
+        one = self.skeleton.logits(hidden[:1], head, self.outer)
         if not torch.allclose(two[:1].float(), one.float(), rtol=0.05, atol=0.05, equal_nan=True):
             raise self.skeleton.tape.refusal("mixes positions after its last layer")
 
@@ -291,23 +320,25 @@ class Sweep:
     def _outer_pieces(self) -> dict[str, Piece]:
         return {name: self._place(name) for name in self.skeleton.outer}
 
-    def _head_piece(self) -> Piece:
-        return self._place(self.head_name)
+    @property
+    def head_piece(self) -> Piece:
+        """The head's tensor: the embedding's where the checkpoint holds only that."""
+        return self._end(self.skeleton.head, self.skeleton.embedding)
 
     @property
-    def head_name(self) -> str:
-        """The parameter that holds the head: the embedding where both are one tensor."""
-        name, prefix = self.skeleton.head, self.skeleton.base_prefix
-        tied = self.skeleton.may_tie or find_outer(self.checkpoint, name, prefix) is None
-        if tied and find_outer(self.checkpoint, self.skeleton.embedding, prefix) is not None:
-            return self.skeleton.embedding
-        return name
+    def embedding_piece(self) -> Piece:
+        """The embedding's tensor: the head's where the checkpoint holds only that."""
+        return self._end(self.skeleton.embedding, self.skeleton.head)
 
-    def _embedding_chunks(self) -> list[Piece]:
-        prefix, name = self.skeleton.base_prefix, self.skeleton.embedding
-        whole = find_outer(self.checkpoint, name, prefix) or self._head_piece()
+    def embedding_chunks(self) -> list[Piece]:
+        """The embedding in runs of rows that fit a slot."""
+        whole = self.embedding_piece
         starts = range(0, whole.shape[0], self.chunk_rows)
         return [whole.rows(s, min(s + self.chunk_rows, whole.shape[0])) for s in starts]
+
+    def _end(self, name: str, partner: str) -> Piece:
+        found = find_outer(self.checkpoint, name, self.skeleton.base_prefix)
+        return found or self._place(partner if self.skeleton.may_tie else name)
 
     def _place(self, name: str) -> Piece:
         piece = find_outer(self.checkpoint, name, self.skeleton.base_prefix)
@@ -326,7 +357,7 @@ class Sweep:
             bad = ~torch.isfinite(weight)
             if bool(bad.any()):
                 piece = self.checkpoint.layers[index][name] if index is not None else None
-                piece = piece or (self._head_piece() if name == "head" else self._place(name))
+                piece = piece or (self.head_piece if name == "head" else self._place(name))
                 where = tuple(int(i) for i in bad.nonzero()[0])
                 return CheckpointError(
                     f"tensor '{piece.name}' in {self.checkpoint.shard_name(piece)}: expected finite "
@@ -348,11 +379,11 @@ class Sweep:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _boundary(index: int) -> str:
+def boundary(index: int) -> str:
     return f"input-{index:05d}"
 
 
-def _upstream(index: int) -> str:
+def upstream_of(index: int) -> str:
     return f"upstream-{index:05d}"
 
 

@@ -1,14 +1,14 @@
 //! Which part of a scored matrix is worth keeping: windows, rows and columns, single weights.
 //!
-//! Zhong et al., "Seeking Neural Nuggets", ICLR 2024, [arXiv 2310.11451], section 3.2: of a teacher
+//! Zhong et al., "Seeking Neural Nuggets", ICLR 2024, [arXiv 2310.11451]: of a teacher
 //! weight, the contiguous `n_S × m_S` sub-matrix with the largest sum of sensitivity, and the
-//! L_S layers with the largest; section 5 compares rows and columns, single weights, random ones.
+//! `L_S` layers with the largest; rows and columns, single weights and random ones to compare with.
 //!
-//! | paper     | here                                         |
-//! |-----------|----------------------------------------------|
-//! | S         | [`Matrix`]                                   |
-//! | n_S × m_S | `rows` × `columns` of [`best_window`]        |
-//! | L_S       | `k` of [`top_layers`]                        |
+//! | paper         | here                                  |
+//! |---------------|---------------------------------------|
+//! | S             | [`Matrix`]                            |
+//! | `n_S` × `m_S` | `rows` × `columns` of [`best_window`] |
+//! | `L_S`         | `k` of [`top_layers`]                 |
 //!
 //! Scores become 64-bit fixed point once, with the largest shift whose total cannot overflow. From
 //! then on every sum is an integer, exact, and independent of order, threads and SIMD width; equal

@@ -48,20 +48,34 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vl")
 }
 
-/// The outputs of one kernel, made anew by `kernel` each time, at every width of this CPU.
+/// What must leave no trace in a result, for tests to go through.
 #[cfg(test)]
-pub(crate) fn at_every_width<K: Kernel>(mut kernel: impl FnMut() -> K) -> Vec<K::Output> {
-    let mut outputs = vec![kernel().run()];
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the CPU has the one feature that `avx2` enables.
-            outputs.push(unsafe { avx2(kernel()) });
+pub(crate) mod every {
+    use rayon::ThreadPoolBuilder;
+
+    use super::Kernel;
+
+    /// The outputs of `kernel` at every width that this CPU has.
+    pub(crate) fn width<K: Kernel + Clone>(kernel: &K) -> Vec<K::Output> {
+        #[allow(unused_mut, reason = "other architectures have one width")]
+        let mut outputs = vec![kernel.clone().run()];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the CPU has the one feature that `avx2` enables.
+                outputs.push(unsafe { super::avx2(kernel.clone()) });
+            }
+            if super::has_avx512() {
+                // SAFETY: the CPU has every feature that `avx512` enables.
+                outputs.push(unsafe { super::avx512(kernel.clone()) });
+            }
         }
-        if has_avx512() {
-            // SAFETY: the CPU has every feature that `avx512` enables.
-            outputs.push(unsafe { avx512(kernel()) });
-        }
+        outputs
     }
-    outputs
+
+    /// The results of `run` on 1, 2, 3 and 5 threads.
+    pub(crate) fn thread_count<R: Send>(run: impl Fn() -> R + Sync) -> Vec<R> {
+        let pool = |threads| ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        [1, 2, 3, 5].into_iter().map(|threads| pool(threads).install(&run)).collect()
+    }
 }

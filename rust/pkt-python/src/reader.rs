@@ -62,8 +62,7 @@ impl Reader {
     ) -> PyResult<Self> {
         let mode = Mode::from_name(mode)
             .ok_or_else(|| PyValueError::new_err(format!("unknown reading mode '{mode}'")))?;
-        let files: Vec<_> =
-            files.into_iter().map(|(path, bytes)| File { path, bytes }).collect();
+        let files: Vec<_> = files.into_iter().map(|(path, bytes)| File { path, bytes }).collect();
         let (core, notices) =
             py.detach(|| core::Reader::open(&files, mode, threads)).map_err(to_python)?;
         Ok(Self { core: Arc::new(core), notices, bytes: AtomicU64::new(0) })
@@ -111,8 +110,7 @@ impl Reader {
         let mut memory = Memory::<u8>::writable(target)?;
         let (target, go) = (memory.slice_mut(), AtomicBool::new(false));
         let (rows, columns) = (rows.0..rows.1, columns.0..columns.1);
-        let read =
-            py.detach(|| self.core.read_rows(&matrix, shape, rows, columns, target, &go));
+        let read = py.detach(|| self.core.read_rows(&matrix, shape, rows, columns, target, &go));
         self.count(read)
     }
 }
@@ -142,8 +140,7 @@ impl Stream {
         slots: Vec<Bound<'_, PyAny>>,
         jobs: Vec<PyRef<'_, Layout>>,
     ) -> PyResult<Self> {
-        let memories: Vec<_> =
-            slots.iter().map(Memory::<u8>::writable).collect::<PyResult<_>>()?;
+        let memories: Vec<_> = slots.iter().map(Memory::<u8>::writable).collect::<PyResult<_>>()?;
         let slots = memories
             .iter()
             .map(|memory| {

@@ -40,7 +40,12 @@ impl Matrix {
     }
 
     /// (row, column, score) of the best contiguous window.
-    fn best_window(&self, py: Python<'_>, rows: usize, columns: usize) -> PyResult<(usize, usize, f64)> {
+    fn best_window(
+        &self,
+        py: Python<'_>,
+        rows: usize,
+        columns: usize,
+    ) -> PyResult<(usize, usize, f64)> {
         let best = self.with(py, |matrix| core::best_window(matrix, rows, columns))?;
         Ok((best.row, best.column, best.score))
     }
@@ -98,7 +103,11 @@ impl Matrix {
 
 /// (start, score) of the best run of columns.
 #[pyfunction]
-pub fn best_columns(py: Python<'_>, sums: &Bound<'_, PyAny>, width: usize) -> PyResult<(usize, f64)> {
+pub fn best_columns(
+    py: Python<'_>,
+    sums: &Bound<'_, PyAny>,
+    width: usize,
+) -> PyResult<(usize, f64)> {
     let sums = Memory::<f64>::of(sums)?;
     let sums = sums.slice();
     let best = py.detach(|| core::best_columns(sums, width)).map_err(to_python)?;
@@ -114,7 +123,12 @@ pub fn top_layers(scores: Vec<f64>, k: usize) -> PyResult<Vec<usize>> {
 
 /// Bit mask of k of len entries, every subset equally likely.
 #[pyfunction]
-pub fn random_weights(py: Python<'_>, len: usize, k: usize, seed: u64) -> PyResult<Bound<'_, PyBytes>> {
+pub fn random_weights(
+    py: Python<'_>,
+    len: usize,
+    k: usize,
+    seed: u64,
+) -> PyResult<Bound<'_, PyBytes>> {
     let mask = py.detach(|| core::random_weights(len, k, seed)).map_err(to_python)?;
     Ok(PyBytes::new(py, &mask))
 }

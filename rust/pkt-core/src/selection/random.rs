@@ -65,3 +65,88 @@ impl SplitMix64 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// χ² of `counts` against all equal.
+    fn chi_squared(counts: impl ExactSizeIterator<Item = u32>, total: u32) -> f64 {
+        let expected = f64::from(total) / counts.len() as f64;
+        counts.map(|count| (f64::from(count) - expected).powi(2) / expected).sum()
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_k_bits_are_set(len in 0usize..300, share in 0.0..=1.0, seed: u64) {
+            let k = (share * len as f64) as usize;
+            let mask = random_weights(len, k, seed).unwrap();
+            prop_assert_eq!(mask.len(), len.div_ceil(8));
+            prop_assert_eq!(mask.iter().map(|byte| byte.count_ones() as usize).sum::<usize>(), k);
+            prop_assert!(len % 8 == 0 || mask[len / 8] >> (len % 8) == 0);
+            prop_assert!(random_weights(len, len + 1, seed).is_err());
+        }
+
+        #[test]
+        fn a_random_window_lies_within(
+            shape in (1usize..9, 1usize..9), window in (0usize..9, 0usize..9), seed: u64
+        ) {
+            let fits = window.0 > 0 && window.1 > 0 && window.0 <= shape.0 && window.1 <= shape.1;
+            match random_window(shape, window, seed) {
+                Ok(at) => prop_assert!(fits && at.0 + window.0 <= shape.0 && at.1 + window.1 <= shape.1),
+                Err(_) => prop_assert!(!fits),
+            }
+        }
+    }
+
+    #[test]
+    fn the_generator_gives_its_published_values() {
+        let mut generator = SplitMix64(1_234_567);
+        let published =
+            [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
+        assert_eq!(published.map(|_| generator.next()), published);
+    }
+
+    #[test]
+    fn a_bound_that_does_not_divide_leaves_no_bias() {
+        // Four of 2⁶⁴ values would fall on three numbers: twice on each multiple of 3.
+        let (mut generator, mut counts) = (SplitMix64(1), [0; 3]);
+        for _ in 0..3000 {
+            counts[(generator.below(3 << 62) % 3) as usize] += 1;
+        }
+        // 99.9 % of uniform samples stay below 13.8 (2 degrees of freedom).
+        assert!(chi_squared(counts.into_iter(), 3000) < 13.8, "{counts:?}");
+    }
+
+    #[test]
+    fn every_subset_is_equally_likely() {
+        let mut counts = HashMap::new();
+        for seed in 0..56_000 {
+            *counts.entry(random_weights(8, 3, seed).unwrap()).or_insert(0) += 1;
+        }
+        assert_eq!(counts.len(), 56);
+        // 99.9 % of uniform samples stay below 93 (55 degrees of freedom).
+        assert!(chi_squared(counts.into_values().collect::<Vec<_>>().into_iter(), 56_000) < 93.0);
+    }
+
+    #[test]
+    fn every_place_is_equally_likely() {
+        let mut counts = [0; 12];
+        for seed in 0..12_000 {
+            let (row, column) = random_window((5, 4), (3, 1), seed).unwrap();
+            counts[row * 4 + column] += 1;
+        }
+        // 99.9 % of uniform samples stay below 31.3 (11 degrees of freedom).
+        assert!(chi_squared(counts.into_iter(), 12_000) < 31.3);
+    }
+
+    #[test]
+    fn a_seed_gives_the_same_bits_for_ever() {
+        assert_eq!(random_weights(40, 16, 42).unwrap(), [94, 133, 37, 1, 60]);
+        assert_eq!(random_window((8192, 8192), (4096, 4096), 42).unwrap(), (3038, 655));
+    }
+}

@@ -64,3 +64,67 @@ fn largest<T: PartialOrd>(keys: &[T], k: usize) -> Vec<usize> {
     order.sort_unstable();
     order
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::matrix::tests::sample;
+    use super::*;
+
+    /// The `k` indices that no more than k - 1 others beat.
+    fn reference(keys: &[u64], k: usize) -> Vec<usize> {
+        let beats = |a: usize, b: usize| keys[a] > keys[b] || (keys[a] == keys[b] && a < b);
+        let beaten = |index| (0..keys.len()).filter(|&other| beats(other, index)).count();
+        (0..keys.len()).filter(|&index| beaten(index) < k).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        #[test]
+        fn top_rows_and_columns_are_beaten_by_fewer_than_k(sample in sample(), k in 0usize..13) {
+            let (matrix, units) = (sample.matrix(), sample.units());
+            let rows: Vec<u64> = units.iter().map(|row| row.iter().sum()).collect();
+            let column = |column: usize| units.iter().map(|row| row[column]).sum();
+            let columns: Vec<u64> = (0..sample.columns).map(column).collect();
+            for (found, sums) in [(top_rows(&matrix, k), rows), (top_columns(&matrix, k), columns)] {
+                if k > sums.len() {
+                    prop_assert!(found.is_err());
+                } else {
+                    prop_assert_eq!(found.unwrap(), reference(&sums, k));
+                }
+            }
+        }
+
+        #[test]
+        fn the_cross_score_is_the_sum_of_its_entries(sample in sample(), pick in any::<(u16, u16)>()) {
+            let (matrix, units) = (sample.matrix(), sample.units());
+            let chosen = |bits: u16, count| (0..count).filter(|&i| bits >> i & 1 == 1).collect();
+            let rows: Vec<usize> = chosen(pick.0, matrix.rows());
+            let columns: Vec<usize> = chosen(pick.1, matrix.columns());
+            let entries = rows.iter().flat_map(|&row| columns.iter().map(move |&c| (row, c)));
+            let sum = entries.map(|(row, column)| units[row][column]).sum();
+            let found = cross_score(&matrix, &rows, &columns).unwrap();
+            prop_assert_eq!(found.to_bits(), matrix.fixed().score(sum).to_bits());
+        }
+    }
+
+    #[test]
+    fn layers_keep_their_order_and_ties_go_to_the_lower() {
+        assert_eq!(top_layers(&[3.0, 5.0, 3.0, 9.0, 3.0], 4).unwrap(), [0, 1, 2, 3]);
+        assert_eq!(top_layers(&[-0.0, 0.0, f64::INFINITY], 2).unwrap(), [0, 2]);
+        assert_eq!(top_layers(&[], 0).unwrap(), [0; 0]);
+        assert!(top_layers(&[1.0], 2).is_err());
+        assert!(top_layers(&[1.0, f64::NAN], 1).unwrap_err().to_string().contains("layer 1"));
+    }
+
+    #[test]
+    fn indices_that_do_not_ascend_are_refused() {
+        let matrix = Matrix::new(&[1.0; 6], 3, None, 1).unwrap();
+        for rows in [&[0, 0][..], &[1, 0], &[2]] {
+            assert!(cross_score(&matrix, rows, &[0]).is_err());
+        }
+        assert!(cross_score(&matrix, &[0], &[3]).is_err());
+    }
+}

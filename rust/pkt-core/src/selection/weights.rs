@@ -120,3 +120,67 @@ fn digit_of(counts: &[usize], k: usize) -> (u32, usize) {
     }
     unreachable!("a histogram of at least k entries has a k-th largest")
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::matrix::tests::{Sample, large, sample};
+    use super::*;
+    use crate::simd::every;
+
+    /// The mask of the first `k` of a stable sort, largest first.
+    fn reference(sample: &Sample, k: usize) -> Vec<u8> {
+        let scores = sample.logical().concat();
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| scores[b].partial_cmp(&scores[a]).unwrap());
+        let mut mask = vec![0; scores.len().div_ceil(8)];
+        order[..k].iter().for_each(|index| mask[index / 8] |= 1 << (index % 8));
+        mask
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn top_weights_come_first_in_a_stable_sort(sample in sample(), share in 0.0..=1.0) {
+            let (matrix, units) = (sample.matrix(), sample.units().concat());
+            let k = (share * units.len() as f64) as usize;
+            let mask = top_weights(&matrix, k).unwrap();
+            prop_assert_eq!(&mask, &reference(&sample, k));
+            let held = |index: &usize| mask[index / 8] >> (index % 8) & 1 == 1;
+            let sum = (0..units.len()).filter(held).map(|index| units[index]).sum();
+            let score = mask_score(&matrix, &mask).unwrap();
+            prop_assert_eq!(score.to_bits(), matrix.fixed().score(sum).to_bits());
+            prop_assert!(top_weights(&matrix, units.len() + 1).is_err());
+        }
+    }
+
+    #[test]
+    fn every_thread_count_gives_the_same() {
+        let sample = large();
+        let matrix = sample.matrix();
+        for k in [1, 1000, 150_000, matrix.len()] {
+            let expected = reference(&sample, k);
+            for (mask, score) in every::thread_count(|| {
+                let mask = top_weights(&matrix, k).unwrap();
+                let score = mask_score(&matrix, &mask).unwrap();
+                (mask, score.to_bits())
+            }) {
+                assert_eq!(mask, expected);
+                assert_eq!(score, mask_score(&matrix, &expected).unwrap().to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn masks_of_another_shape_are_refused() {
+        let matrix = Matrix::new(&[1.0; 12], 3, None, 1).unwrap();
+        assert_eq!(mask_score(&matrix, &[0xff, 0x0f]).unwrap().to_bits(), 12f64.to_bits());
+        assert!(mask_score(&matrix, &[0xff]).is_err());
+        assert!(mask_score(&matrix, &[0xff, 0x1f]).is_err());
+        let empty = Matrix::new(&[], 3, None, 1).unwrap();
+        assert_eq!(top_weights(&empty, 0).unwrap(), [0; 0]);
+        assert_eq!(mask_score(&empty, &[]).unwrap().to_bits(), 0);
+    }
+}
