@@ -6,6 +6,23 @@ from typing import Any, final
 from numpy import float32, float64, uint8, uint32
 from numpy.typing import NDArray
 
+__all__ = [
+    "Catalogue",
+    "Layout",
+    "Matrix",
+    "Reader",
+    "Stream",
+    "accumulate",
+    "accumulate_columns",
+    "best_columns",
+    "dtype_bytes",
+    "layout",
+    "random_weights",
+    "random_window",
+    "score_sum",
+    "top_layers",
+]
+
 @final
 class Catalogue:
     """The validated tensors of a model folder."""
@@ -77,9 +94,7 @@ class Reader:
 class Stream:
     """Jobs read ahead into slots."""
 
-    def __new__(
-        cls, reader: Reader, slots: list[NDArray[uint8]], jobs: list[Layout]
-    ) -> Stream: ...
+    def __new__(cls, reader: Reader, slots: list[NDArray[uint8]], jobs: list[Layout]) -> Stream: ...
     def next(self) -> tuple[int, int] | None:
         """(job, slot) of the next job, waiting until it is read; None after the last."""
 
@@ -162,7 +177,5 @@ def top_layers(scores: list[float], k: int) -> list[int]:
 def random_weights(len: int, k: int, seed: int) -> bytes:
     """Bit mask of k of len entries, every subset equally likely."""
 
-def random_window(
-    shape: tuple[int, int], window: tuple[int, int], seed: int
-) -> tuple[int, int]:
+def random_window(shape: tuple[int, int], window: tuple[int, int], seed: int) -> tuple[int, int]:
     """(row, column) of a window, every place equally likely."""

@@ -15,7 +15,8 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,11 @@ def read_seeds(
         raise UsageError(f"max-tokens: expected 2 or more, found {max_tokens}")
     template = _resolve(template, tokenizer)
     room = min(max_tokens, positions or max_tokens)
-    seeds = tuple(
-        _seed(row, f"{path}:{line}", f"{path.name}:{line}", tokenizer, template, room)
-        for line, row in islice(_rows(path), limit or None)
-    )
+    with closing(_rows(path)) as rows:  # the file, also where a row is refused
+        seeds = tuple(
+            _seed(row, f"{path}:{line}", f"{path.name}:{line}", tokenizer, template, room)
+            for line, row in islice(rows, limit or None)
+        )
     if not seeds:
         raise DataError(f"{path}: expected one JSON object a line, found no row")
     return SeedSet(seeds, _digest(seeds), template)
@@ -136,7 +138,7 @@ def _resolve(template: Template, tokenizer: Any) -> Template:
     return template
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path) -> Generator[tuple[int, Any], None, None]:
     """Line number, from 1, and parsed JSON of each line that is not blank."""
     try:
         with path.open("rb") as file:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pkt import _core
 
-BLOCK_ELEMENTS = 1 << 20  # gradient elements made at once: they stay in cache until they are used
+BLOCK_ELEMENTS = 1 << 22  # gradient elements made at once: they stay in cache until they are used
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 

@@ -1,0 +1,62 @@
+"""What the environment says, read here and nowhere else, and what libraries are told by it.
+
+PKT_ALIASES names the user's table of aliases, PKT_DEBUG=1 asks for tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pkt.config import load_aliases
+from pkt.errors import UsageError
+
+_LIBRARIES = {
+    "TOKENIZERS_PARALLELISM": "false",  # else it warns after a fork
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # "Loading weights" among others
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def set_up() -> None:
+    """Quiet libraries (unless the user says otherwise), and streams that never fail to encode."""
+    for name, value in _LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def debugging() -> bool:
+    """Whether PKT_DEBUG asks for tracebacks and the libraries' warnings."""
+    return os.environ.get("PKT_DEBUG", "0") not in ("", "0")
+
+
+def stay_offline() -> None:
+    """No download: a hub id is looked up in the local cache alone (before the hub is imported)."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def alias_file() -> Path:
+    """The user's table of aliases, which need not exist."""
+    if named := os.environ.get("PKT_ALIASES"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "pkt" / "aliases.yaml"
+
+
+def aliases() -> Mapping[str, str]:
+    """Built-in aliases and the user's.
+
+    Raises:
+        UsageError: PKT_ALIASES names no file, or the table is not one.
+
+    """
+    path = alias_file()
+    if os.environ.get("PKT_ALIASES") and not path.is_file():
+        raise UsageError(f"PKT_ALIASES: {path}: no such file")
+    return load_aliases(path)

@@ -1,0 +1,219 @@
+"""`pkt extract`: from a teacher, a student and seed texts to a LoRA folder, the plan first.
+
+Options count in this order: command line, --config, --preset, defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from pkt import api
+from pkt.cli import options
+from pkt.cli.environment import alias_file, aliases, stay_offline
+from pkt.cli.options import Session
+from pkt.cli.running import perform, prepare, reading_mode, result_json
+from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
+from pkt.config import load_yaml
+from pkt.errors import PktError, UsageError
+from pkt.models import load_tokenizer, open_model, resolve
+from pkt.records import IoMode, LayerRule, Split, Template
+
+if TYPE_CHECKING:
+    from pkt.methods.seeking import Task
+
+#: arXiv 2310.11451's own settings: with embedding and head, and its prompt format.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "rank": 16,
+        "layers": "sensitivity",
+        "select": "window",
+        "split": "paper",
+        "template": "paper",
+        "embeddings": True,
+        "max_tokens": 2048,
+        "limit": 32,
+    }
+}
+_REQUIRED = {
+    "teacher": ("--teacher", "70b", "the large model: folder, hub id or alias"),
+    "student": ("--student", "7b", "the small model: folder, hub id or alias"),
+    "seeds": ("--seeds", "seeds.jsonl", 'texts to measure with, lines like {"text": "…"}'),
+    "output_dir": ("-o", "out", "a new folder for the result"),
+}
+
+
+def _use_preset(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    if name:
+        ctx.default_map = {**PRESETS[name], **(ctx.default_map or {})}
+    return name
+
+
+def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path:
+        known = {p.name for p in ctx.command.params if p.name} - {"config", "help", "as_json"}
+        loaded = load_yaml(path, frozenset(known | {"json"}))
+        if "json" in loaded:
+            loaded["as_json"] = loaded.pop("json")
+        ctx.default_map = {**(ctx.default_map or {}), **loaded}
+    return path
+
+
+@click.command(short_help="A LoRA start for a small model from a large one.")
+@options.models
+@click.option(
+    "--seeds",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="Texts whose loss is measured, one JSON object a line.",
+)
+@click.option(
+    "-o", "--output-dir", type=click.Path(path_type=Path), metavar="OUT",
+    help="Folder of the result; an unfinished run there is continued.",
+)  # fmt: skip
+@options.shape
+@click.option(
+    "--layers", type=click.Choice(get_args(LayerRule)), default="sensitivity", show_default=True,
+    help="Which teacher layers are kept.",
+)  # fmt: skip
+@click.option(
+    "--split", type=click.Choice(get_args(Split)), default="paper", show_default=True,
+    help="B = UΣ, A = Vᵀ (paper), or the root of Σ in both (balanced).",
+)  # fmt: skip
+@click.option(
+    "--template", type=click.Choice(get_args(Template)), default="auto", show_default=True,
+    help="How prompt and answer become one text.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random strategies.")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
+    help="Defaults as a whole; paper: those of arXiv 2310.11451, with --embeddings.",
+)  # fmt: skip
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE.yaml", is_eager=True,
+    callback=_use_config, help="Options as YAML, spelled as here; the command line wins.",
+)  # fmt: skip
+@click.option(
+    "--io", type=click.Choice(get_args(IoMode)), default="auto", show_default=True,
+    help="How the teacher's files are read.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where the arithmetic is done.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in OUT.")
+@click.option("--show-sample", is_flag=True, help="Print the first seed, its loss marked; no run.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; no run.")
+@options.as_json
+@options.quiet
+@click.pass_obj
+def extract(session: Session, /, **given: Any) -> None:
+    r"""Extract a LoRA start for the student from the teacher's most sensitive parameters.
+
+    \b
+    pkt extract --teacher 70b --student 7b --seeds seeds.jsonl -o out
+
+    OUT becomes a PEFT LoRA folder; OUT/report/index.html shows what was taken. The plan is
+    printed before anything is read. An interrupted run is continued by the same command.
+    """
+    needed = ["teacher", "student", "seeds", "output_dir"]
+    if given["show_sample"]:
+        needed = ["teacher", "seeds"]
+    elif given["dry_run"]:
+        needed = needed[:3]
+    if missing := [name for name in needed if not given[name]]:
+        raise _missing(given, missing)
+    if given["show_sample"] or given["dry_run"]:
+        stay_offline()
+    if given["show_sample"]:
+        click.echo(_sample(given))
+        return
+    names = ("teacher", "student", "seeds", "rank", "layers", "select", "split", "targets")
+    more = ("template", "embeddings", "max_tokens", "limit", "max_ram", "dtype", "seed")
+    task = prepare(say=not given["quiet"], **{name: given[name] for name in (*names, *more)})
+    if given["dry_run"]:
+        _dry_run(task, given)
+        return
+    made = perform(
+        session, task, given["output_dir"], io=given["io"], device=given["device"],
+        overwrite=given["overwrite"], say=not given["quiet"],
+    )  # fmt: skip
+    click.echo(result_json(made) if given["as_json"] else str(made.folder))
+
+
+def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
+    mode = reading_mode(task, given["io"])
+    if given["as_json"]:
+        cut = sum(seed.cut for seed in task.seeds.seeds)
+        seeds = {**task.identity()["seeds"], "cut": cut, "longest": task.seeds.longest}
+        found = {
+            "plan": plan_json(task.plan),
+            "seeds": seeds,
+            "options": task.identity()["options"],
+            "io": {"mode": mode[0], "reason": mode[1]},
+        }
+        click.echo(json.dumps(found, indent=1))
+    else:
+        click.echo(seeds_line(task.seeds, task.seed_options["max_tokens"]))
+        click.echo(plan_table(task.plan, mode))
+    api.require_fit(task.plan)
+
+
+def _sample(given: Mapping[str, Any]) -> str:
+    from pkt.seeds import read_seeds, show_sample
+
+    model = open_model(given["teacher"], aliases(), "teacher")
+    tokenizer = load_tokenizer(model)
+    read = read_seeds(
+        given["seeds"], tokenizer, template=given["template"], limit=1,
+        max_tokens=given["max_tokens"], positions=model.positions,
+    )  # fmt: skip
+    sample = show_sample(read.seeds[0], tokenizer)
+    return json.dumps({"sample": sample}) if given["as_json"] else sample
+
+
+def _missing(given: Mapping[str, Any], missing: list[str]) -> UsageError:
+    """Say what can be said already: the teacher's plan; then every option that is missing."""
+    if given["teacher"] and not given["quiet"]:
+        _describe_teacher(given)
+    rows = [("  " + " ".join(_REQUIRED[name][:2]), _REQUIRED[name][2]) for name in missing]
+    click.echo(f"missing options, with examples:\n{aligned(rows)}\n", err=True)
+    flags = [_REQUIRED[name][0] for name in missing]
+    words = ["pkt", "extract"]
+    for name, (flag, example, _) in _REQUIRED.items():
+        words += [flag, str(given[name] or example)]
+    listed = " and ".join([", ".join(flags[:-1]), flags[-1]] if flags[1:] else flags)
+    return UsageError(f"pkt extract also needs {listed}", shlex.join(words))
+
+
+def _describe_teacher(given: Mapping[str, Any]) -> None:
+    name, table = given["teacher"], aliases()
+    if (source := resolve(name, table)) != name:
+        click.echo(f"alias {name}: {source}", err=True)
+    stay_offline()
+    shape = ("max_ram", "rank", "dtype", "select")
+    try:
+        found = api.inspect(
+            name, seeds=given["limit"] or 32, tokens=given["max_tokens"], aliases=table,
+            **{option: given[option] for option in shape},
+        )  # fmt: skip
+    except UsageError:
+        click.echo(
+            f"{source} is neither a folder here nor in the hub's local cache. Download it, or "
+            f"point the alias to your copy with a line in {alias_file()}:\n"
+            f"  {name if source != name else '70b'}: /path/to/{Path(source).name}\n",
+            err=True,
+        )
+    except PktError as error:
+        click.echo(f"{error.message}\n", err=True)
+    else:
+        click.echo(models_table(found.teacher, None) + "\n", err=True)
+        for note in found.notes:
+            click.echo(f"note: {note}", err=True)
+        if found.plan:
+            click.echo(plan_table(found.plan) + "\n", err=True)

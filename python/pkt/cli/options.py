@@ -1,0 +1,108 @@
+"""Options that several commands take, spelled once, and what a command is told of its call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+import click
+
+from pkt.cli.interrupts import Interrupts
+from pkt.records import Select
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One call of `pkt`."""
+
+    arguments: tuple[str, ...]  #: as given, to print the command that continues
+    interrupts: Interrupts
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...] | None:
+    """``q,k,v`` on the command line, or a list in a YAML file."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if parts is None:
+        return None
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
+        raise click.BadParameter(f"expected names, found {value!r}", ctx, param)
+    names = tuple(part.strip() for part in parts if part.strip())
+    if not names:
+        raise click.BadParameter("expected at least one name", ctx, param)
+    return names
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several option decorators as one, in reading order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+models = together(
+    click.option("--teacher", metavar="MODEL", help="Large model: folder, hub id or alias."),
+    click.option("--student", metavar="MODEL", help="Small model: folder, hub id or alias."),
+)
+
+shape = together(
+    click.option(
+        "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapter."
+    ),
+    click.option(
+        "--select",
+        type=click.Choice(get_args(Select)),
+        default="window",
+        show_default=True,
+        help="What is taken of a chosen matrix.",
+    ),
+    click.option(
+        "--targets",
+        type=click.UNPROCESSED,
+        callback=_names,
+        metavar="q,k,…",
+        help="Roles (q, k, v, o, gate, up, down) or module names.  [default: all]",
+    ),
+    click.option(
+        "--embeddings/--no-embeddings",
+        default=False,
+        help="Extract embedding and head too (the same vocabulary is needed).",
+    ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(min=2),
+        default=2048,
+        show_default=True,
+        help="Longer seeds are cut.",
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=0),
+        default=32,
+        show_default=True,
+        help="First so many rows are the seeds; 0: all.",
+    ),
+    click.option(
+        "--max-ram",
+        default="auto",
+        show_default=True,
+        metavar="SIZE",
+        help="Memory the process may hold, such as 8GiB; auto: nine tenths of what is free.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="Computed in; auto: the teacher's own, float32 for float16.",
+    ),
+)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Errors and the result only.")

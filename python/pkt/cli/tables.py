@@ -1,0 +1,155 @@
+"""Records as plain text: aligned columns, no colour, widths that a terminal of 100 shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pkt.config import format_bytes
+from pkt.records import Extraction, MatchRow, Plan, SeedSet
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: int = 0, right: Sequence[int] = ()) -> str:
+    """Rows of equal length as columns two spaces apart; columns ``right`` end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(" " * indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def models_table(teacher: Mapping[str, Any], student: Mapping[str, Any] | None) -> str:
+    """Both models side by side."""
+    found = [teacher, student] if student else [teacher]
+
+    def row(label: str, *cells: str) -> tuple[str, ...]:
+        return (label, *cells)
+
+    return aligned(
+        [
+            row("", *("teacher", "student")[: len(found)]),
+            row("model", *(str(m["name"]) for m in found)),
+            row("family", *(str(m["family"]) for m in found)),
+            row("layers", *(str(m["layers"]) for m in found)),
+            row("hidden size", *(str(m["hidden_size"]) for m in found)),
+            row("heads (key-value)", *(f"{m['heads']} ({m['kv_heads']})" for m in found)),
+            row("vocabulary", *(str(m["vocabulary"]) for m in found)),
+            row("head", *("the embedding" if m["tied_head"] else "its own" for m in found)),
+            row("stored as", *(", ".join(m["dtypes"]) for m in found)),
+            row("parameters", *(format_count(m["parameters"]) for m in found)),
+            row("size", *(_size(m["bytes"], m["shards"]) for m in found)),
+        ]
+    )
+
+
+def match_table(rows: Sequence[MatchRow]) -> str:
+    """Module / teacher shape / student shape / action."""
+    head = ("module", "teacher shape", "student shape", "action")
+    body = [(r.module, _shape(r.teacher_shape), _shape(r.student_shape), r.action) for r in rows]
+    return aligned([head, *body])
+
+
+def plan_table(plan: Plan, io: tuple[str, str] | None = None) -> str:
+    """The plan, part by part, and what it is held against."""
+    budget = f"{format_bytes(plan.budget_bytes)}, {plan.budget_source}"
+    parts = [(part.name, format_bytes(part.bytes), part.note) for part in plan.parts]
+    slots = "2: a layer is read while another is used" if plan.slots > 1 else "1: in turn"
+    scores = {"layer": "of a whole layer", "matrix": "of one matrix, X and dY on disk"}
+    reading = f"{format_bytes(plan.read_bytes)} of the teacher: two passes and the windows"
+    rows = [
+        ("memory allowed", budget),
+        ("smallest --max-ram", format_bytes(plan.smallest_bytes)),
+        ("slots", slots),
+        ("scores held", scores[plan.scores]),
+        ("to read", reading),
+        ("disk for OUT/.work", f"{format_bytes(plan.spool_bytes)} while it runs"),
+        ("adapter", format_bytes(plan.adapter_bytes)),
+    ]
+    if io:
+        rows.append(("io", f"{io[0]}: {io[1]}"))
+    peak = ("at the peak", format_bytes(plan.peak_bytes), "" if plan.fits else "DOES NOT FIT")
+    table = aligned([*parts, peak], indent=2, right=[1])
+    return f"plan\n{table}\n{aligned(rows, indent=2)}"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan's fields, its peak, and whether it fits."""
+    return {**asdict(plan), "peak_bytes": plan.peak_bytes, "fits": plan.fits}
+
+
+def seeds_line(seeds: SeedSet, max_tokens: int) -> str:
+    """How many seeds, how long, and how many were cut."""
+    cut = sum(seed.cut for seed in seeds.seeds)
+    line = (
+        f"seeds: {len(seeds.seeds)} of {seeds.tokens} tokens, {seeds.loss_tokens} in the loss, "
+        f"template {seeds.template}"
+    )
+    return line + (f"; {cut} cut to {min(max_tokens, seeds.longest)} tokens" if cut else "")
+
+
+def summary(made: Extraction, layers: int) -> str:
+    """What a finished run found and cost."""
+    manifest, run = made.manifest, made.run
+    seconds: Mapping[str, float] = run["seconds"]
+    slowest = sorted(seconds.items(), key=lambda item: -item[1])
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in slowest if value >= 0.05)
+    rate = run.get("gigabytes_per_second")
+    pace = f" at {rate} GB/s, {run['io']}" if rate else ""
+    rows = [
+        ("kept layers", f"{' '.join(map(str, manifest['layers']))}  (of 0 to {layers - 1})"),
+        ("mean seed loss", f"{manifest['loss']:.4f} nats a token"),
+        ("seconds", f"{sum(seconds.values()):.1f}: {phases}"),
+        ("read", format_bytes(run["bytes_read"]) + pace),
+        (
+            "memory",
+            f"{format_bytes(run['peak_anonymous_bytes'])} at the peak, "
+            f"{format_bytes(run['planned_bytes'])} planned",
+        ),
+        ("report", str(made.folder / "report" / "index.html")),
+    ]
+    return aligned(rows)
+
+
+def bars(scores: Sequence[float], kept: Sequence[int], width: int = 40) -> str:
+    """A bar a teacher layer, kept layers marked."""
+    unit = (max(scores, default=0.0) or 1.0) / width
+    rows = [
+        ("●" if layer in kept else " ", str(layer), "█" * round(score / unit), f"{score:.4g}")
+        for layer, score in enumerate(scores)
+    ]
+    return aligned(rows, indent=2, right=[1, 3])
+
+
+def windows_table(windows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Student matrix, teacher matrix, and the window's place."""
+    head = ("student matrix", "teacher matrix", "rows", "columns", "score")
+    body = [
+        (key, str(w["teacher"]), _range(w.get("rows")), _range(w.get("cols")), f"{w['score']:.4g}")
+        for key, w in windows.items()
+    ]
+    return aligned([head, *body], indent=2, right=[4])
+
+
+def format_count(count: int) -> str:
+    """A number of parameters: 1.24 B, 7.3 M, 812."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _size(count: int, files: int) -> str:
+    return f"{format_bytes(count)} in {files} file{'s' if files != 1 else ''}"
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return " × ".join(map(str, shape)) if shape else "none"
+
+
+def _range(indices: Sequence[int] | None) -> str:
+    return f"{indices[0]}:{indices[-1]}" if indices else "single weights"
