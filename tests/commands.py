@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
-
 from pkt.cli import main
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import tiny
 
 torch.set_num_threads(1)
 SLIDING = ["mistral", "qwen2_sliding", "gemma2", "gemma3", "phi3", "olmo3"]

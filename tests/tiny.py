@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_tokenizer import CHATML, CHATML_MARKED, SPECIALS, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tiny_tokenizer import CHATML, CHATML_MARKED, SPECIALS, write_tokenizer
 
 __all__ = [
     "CHATML",

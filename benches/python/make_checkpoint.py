@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pkt.cli.demo import unpack_pair
+from pkt.cli.demo import unpack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -89,9 +89,9 @@ def write(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    pair = unpack_pair(folder / "pair")
+    unpack(folder / "pair")
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(pair.teacher / file, folder / file)
+        shutil.copy(folder / "pair" / "stories260k" / file, folder / file)
     shutil.rmtree(folder / "pair")
 
 

@@ -74,7 +74,8 @@ def inspect(
     for model in (big, small):
         if model and model.checkpoint.unindexed:
             extra = model.checkpoint.unindexed
-            notes.append(f"{model.folder}: {len(extra)} tensors are not in the index: {extra[0]}, …")
+            count = f"{len(extra)} tensors are not in the index"
+            notes.append(f"{model.folder}: {count}: {extra[0]}, …")
     return Inspection(
         teacher=description(big),
         student=description(small) if small else None,

@@ -119,8 +119,10 @@ def open_checkpoint(folder: Path, layer_count: int) -> Checkpoint:
             by_index = numbered.setdefault(match["path"], {})
             by_index.setdefault(int(match["index"]), {})[match["suffix"]] = piece
     fitting = [path for path, found in numbered.items() if len(found) == layer_count]
-    if len(fitting) > 1:  # a stack of one layer may look like a stack of adapters or blocks
-        fitting.sort(key=lambda path: -sum(p.bytes for d in numbered[path].values() for p in d.values()))
+    # Something else may be numbered alike; the decoder layers are what weighs most.
+    fitting.sort(
+        key=lambda path: -sum(p.bytes for d in numbered[path].values() for p in d.values())
+    )
     if not fitting:
         found = ", ".join(f"{path}.* × {len(rows)}" for path, rows in numbered.items()) or "none"
         raise IncompatibleError(

@@ -55,13 +55,7 @@ def load_yaml(path: Path, known: frozenset[str]) -> dict[str, Any]:
         UsageError: unreadable, not a mapping, or an option the command does not have.
 
     """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise UsageError(f"{path}: not valid YAML: {where}") from error
+    loaded = _read_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -78,13 +72,13 @@ def load_aliases(user_file: Path | None) -> Mapping[str, str]:
     """The alias table: built-in entries, overridden by those of ``user_file`` if it exists.
 
     Raises:
-        UsageError: the user's table is not a mapping of names to folders or hub ids.
+        UsageError: the user's table is unreadable, or no mapping of names to folders or hub ids.
 
     """
     built_in = resources.files("pkt").joinpath("data/aliases.yaml").read_text(encoding="utf-8")
     table: dict[str, str] = dict(yaml.safe_load(built_in))
     if user_file is not None and user_file.is_file():
-        loaded = yaml.safe_load(user_file.read_text(encoding="utf-8")) or {}
+        loaded = _read_yaml(user_file) or {}
         if not isinstance(loaded, dict) or not all(isinstance(v, str) for v in loaded.values()):
             raise UsageError(
                 f"{user_file}: expected lines of 'alias: folder or hub id'",
@@ -92,3 +86,13 @@ def load_aliases(user_file: Path | None) -> Mapping[str, str]:
             )
         table |= {str(key): value for key, value in loaded.items()}
     return table
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise UsageError(f"{path}: not valid YAML: {where}") from error

@@ -98,4 +98,3 @@ def _read_rows(
     if list(stored) == distinct:
         return block
     return block[torch.tensor([place[row] for row in stored])]
-

@@ -51,7 +51,8 @@ def orthogonal_factors(weight: torch.Tensor, rank: int, split: Split, seed: int)
     def basis(size: int) -> torch.Tensor:
         gaussian = torch.randn(size, rank, generator=generator, dtype=torch.float64)
         q, r = torch.linalg.qr(gaussian)
-        return q * r.diagonal().sign()  # the distribution of Haar, not of Householder's signs
+        haar: torch.Tensor = q * r.diagonal().sign()  # not the signs of Householder's QR
+        return haar
 
     u, vt = basis(weight.shape[0]), basis(weight.shape[1]).T
     root = sigma if split == "paper" else sigma.sqrt()
@@ -112,7 +113,8 @@ def _orthonormal(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """``rows`` made orthonormal, and orthogonal to the rows of ``basis``: twice is enough."""
     for _ in range(2):
         rows = rows - (rows @ basis.T) @ basis
-        rows = torch.linalg.qr(rows.T)[0].T
+        q, _ = torch.linalg.qr(rows.T)
+        rows = q.T
     return rows
 
 

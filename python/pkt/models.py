@@ -17,6 +17,8 @@ from typing import Any
 from pkt.checkpoint import EMBEDDINGS, HEADS, Checkpoint, Piece, first_of, open_checkpoint
 from pkt.errors import CheckpointError, IncompatibleError, UsageError
 
+_ENCODERS = {"bert", "roberta", "t5", "electra"}
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -152,7 +154,7 @@ def refuse_unsupported(config: Mapping[str, Any], folder: Path, role: str) -> No
     family = config.get("model_type")
     architectures = config.get("architectures") or []
     causal = any(str(a).endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
-    encoder = config.get("is_encoder_decoder") or str(family) in {"bert", "roberta", "t5", "electra"}
+    encoder = config.get("is_encoder_decoder") or str(family) in _ENCODERS
     if encoder or (architectures and not causal):
         kind = ", ".join(map(str, architectures)) or family
         raise IncompatibleError(
@@ -162,7 +164,8 @@ def refuse_unsupported(config: Mapping[str, Any], folder: Path, role: str) -> No
     if not family:
         raise IncompatibleError(f"{role} {folder}: config.json names no model_type")
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        named = isinstance(quantization, dict) and quantization.get("quant_method")
+        method = named or "unknown method"
         raise IncompatibleError(
             f"{role} {folder}: its weights are quantized ({method}); expected plain weights",
             "use the unquantized checkpoint: gradients of packed integers do not exist",
@@ -213,7 +216,8 @@ def _from_hub(source: str, name: str, role: str) -> Path:
 
 def _mixture(config: Mapping[str, Any], folder: Path, role: str) -> IncompatibleError:
     return IncompatibleError(
-        f"{role} {folder}: '{config.get('model_type')}' is a mixture of experts; expected a dense model",
+        f"{role} {folder}: '{config.get('model_type')}' is a mixture of experts; "
+        "expected a dense model",
         "experts are not seen by every seed: pkt refuses them until their scores mean something",
     )
 

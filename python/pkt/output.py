@@ -126,8 +126,10 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
 def _differences(held: Any, wanted: Any, path: str = "") -> list[str]:
     if not isinstance(held, dict) or not isinstance(wanted, dict):
         return [] if held == wanted else [path.removeprefix(".") or "everything"]
-    keys = sorted({*held, *wanted})
-    return [d for key in keys for d in _differences(held.get(key), wanted.get(key), f"{path}.{key}")]
+    found = []
+    for key in sorted({*held, *wanted}):
+        found += _differences(held.get(key), wanted.get(key), f"{path}.{key}")
+    return found
 
 
 @contextlib.contextmanager
@@ -138,8 +140,9 @@ def _locked(work: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
+            holder = file.read().strip() or "unknown"
             raise OutputError(
-                f"{work.parent}: in use by another pkt process ({file.read().strip() or 'unknown'})",
+                f"{work.parent}: in use by another pkt ({holder})",
                 "wait for it, or choose another -o",
             ) from error
         file.truncate(0)

@@ -73,7 +73,9 @@ def make_plan(
         held = max((p.elements for p in matrices), default=0) if matrix else elements
         shared = [
             base,
-            PlanPart("layer slots", slots * slot, f"{slots} × {'read ahead' if slots > 1 else 'in turn'}"),
+            PlanPart(
+                "layer slots", slots * slot, f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
+            ),
         ]
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))

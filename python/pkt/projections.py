@@ -129,7 +129,7 @@ def match(
             rows.append(MatchRow(key, their_shape, shape, "not a target"))
             continue
         if source is None:
-            rows.append(MatchRow(key, None, shape, "refused: the teacher has no such module", False))
+            rows.append(MatchRow(key, None, shape, "refused: not in the teacher", False))
             problems.append(f"{key}: the teacher's layers have no {projection.role} projection")
             continue
         repeat = _kv_repeat(source, projection, teacher)

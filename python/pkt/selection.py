@@ -164,9 +164,7 @@ def pick_layers(scores: Sequence[float], count: int, rule: LayerRule, seed: int)
     return list(_core.top_layers(list(scores), count))
 
 
-def heat(
-    scores: NDArray[np.float32], cut: Cut
-) -> tuple[NDArray[np.float32], tuple[int, int]]:
+def heat(scores: NDArray[np.float32], cut: Cut) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """Mean score in a grid of at most 64 × 64 bins of the logical matrix, and its shape."""
     matrix = _logical(scores, cut)
     rows, columns = (min(HEAT_BINS, size) for size in matrix.shape)

@@ -70,12 +70,18 @@ class CheckpointSource:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, mode: str, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        mode: str,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         files = [(str(path), size) for path, size in checkpoint.files]
         self._reader = _core.Reader(files, mode, READ_THREADS)
         self._slots, self._dtype, self.device = slots, dtype, device
         self._stream: WeightStream | None = None
+        self._counts: dict[str, Any] = {"bytes": 0, "read_seconds": 0.0}
         self.slot_bytes = max(layout(list(p.values())).bytes for p in checkpoint.layers)
 
     @property
@@ -118,13 +124,15 @@ class CheckpointSource:
 
     def counts(self) -> dict[str, Any]:
         """Bytes and seconds of the stream, and the bytes read out of turn."""
-        counts = self._stream.counts() if self._stream else {"bytes": 0, "read_seconds": 0.0}
+        counts = self._stream.counts() if self._stream else self._counts
         return {**counts, "bytes_out_of_turn": self._reader.bytes}
 
     def close(self) -> None:
-        """Stop reading ahead; the slots' memory is free."""
+        """Stop reading ahead and give the slots' memory back."""
         if self._stream:
+            self._counts = self._stream.counts()
             self._stream.close()
+            self._stream = None
 
 
 class WeightStream:
@@ -180,7 +188,7 @@ class WeightStream:
 
     def _on_device(self) -> Iterator[dict[str, torch.Tensor]]:
         """One job ahead: read, then copied by a stream of its own while the last one is used."""
-        copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        copies = torch.cuda.Stream(self._device)
 
         def fetch() -> dict[str, torch.Tensor] | None:
             lease = self._core.next()

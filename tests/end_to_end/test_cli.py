@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Inputs, Result, build_inputs, pkt, result_bytes, write_seeds
 
 import pkt as package
+from commands import Inputs, Result, build_inputs, pkt, result_bytes, write_seeds
 from pkt.cli import demo as demo_command
 from pkt.cli.progress import Progress
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from reference_matrix import (
     Factors,
     Pick,
@@ -31,8 +34,6 @@ from reference_matrix import (
     window_sum,
     window_sums,
 )
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 __all__ = [
     "Factors",

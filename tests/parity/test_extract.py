@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import reference
+import tiny
 from pkt.api import execute, prepare
 from pkt.records import Extraction, SeedSet
 
 RANK = 4
-WORDS = "a bat can dig each far gap his ink jar kit low map not old pan quiz run sit top".split()
+WORDS = "a bat can dig each far gap his ink jar kit low map not old pan quiz run sit".split()  # noqa: SIM905
 
 
 def write_seeds(path: Path, count: int = 5, seed: int = 0) -> Path:
@@ -39,8 +39,13 @@ def write_seeds(path: Path, count: int = 5, seed: int = 0) -> Path:
 
 
 def build_pair(
-    folder: Path, teacher: str, student: str, *, big: dict[str, Any] | None = None,
-    small: dict[str, Any] | None = None, **both: Any,
+    folder: Path,
+    teacher: str,
+    student: str,
+    *,
+    big: dict[str, Any] | None = None,
+    small: dict[str, Any] | None = None,
+    **both: Any,
 ) -> tuple[Path, Path]:
     """A teacher with a tokenizer, and a student of the same or another family."""
     paths = folder / "teacher", folder / "student"

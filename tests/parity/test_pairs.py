@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
-import runs
 import torch
 from safetensors.torch import load_file
-from test_extract import RANK, build_pair, compare, run_both, write_seeds
 from transformers import AutoConfig
 
 import pkt
+import reference
+import runs
 from pkt.errors import IncompatibleError, UsageError
+from test_extract import RANK, build_pair, compare, run_both, write_seeds
 
 torch.set_num_threads(1)
 GROUPED = {"heads": 8, "kv_heads": 2, "hidden": 64}  # 16 rows of k and v, expanded to 64

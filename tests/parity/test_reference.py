@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import reference
-import tiny
 import torch
 from torch import Tensor, nn
+
+import reference
+import tiny
 
 torch.set_num_threads(1)
 F64 = torch.float64

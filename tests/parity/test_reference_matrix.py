@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import reference
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import repeat_kv
+
+import reference
 
 torch.set_num_threads(1)
 F64 = torch.float64

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
-import runs
 import torch
 from safetensors.torch import load_file, save_file
-from test_extract import RANK, build_pair, compare, run_both, write_seeds
 
 import pkt
+import reference
+import runs
 from pkt.errors import CheckpointError
+from test_extract import RANK, build_pair, compare, run_both, write_seeds
 
 torch.set_num_threads(1)
 Tensors = dict[str, torch.Tensor]

@@ -64,7 +64,10 @@ def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     return path
 
 
-@click.command(short_help="A LoRA start for a small model from a large one.")
+@click.command(
+    short_help="A LoRA start for a small model from a large one.",
+    epilog="For example: pkt extract --teacher 70b --student 7b --seeds seeds.jsonl -o out",
+)
 @options.models
 @click.option(
     "--seeds",
@@ -113,10 +116,7 @@ def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
 @options.quiet
 @click.pass_obj
 def extract(session: Session, /, **given: Any) -> None:
-    r"""Extract a LoRA start for the student from the teacher's most sensitive parameters.
-
-    \b
-    pkt extract --teacher 70b --student 7b --seeds seeds.jsonl -o out
+    """Extract a LoRA start for the student from the teacher's most sensitive parameters.
 
     OUT becomes a PEFT LoRA folder; OUT/report/index.html shows what was taken. The plan is
     printed before anything is read. An interrupted run is continued by the same command.

@@ -11,6 +11,7 @@ import click
 from pkt import api
 from pkt.cli import options
 from pkt.cli.environment import aliases, stay_offline
+from pkt.cli.running import problems_line
 from pkt.cli.tables import match_table, models_table, plan_json, plan_table
 from pkt.errors import IncompatibleError, UsageError
 from pkt.records import Inspection
@@ -43,8 +44,7 @@ def inspect(
     )
     click.echo(_json(found) if as_json else _text(found))
     if found.problems:
-        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
-        raise IncompatibleError(f"{teacher} → {student}: {found.problems[0]}{more}")
+        raise IncompatibleError(problems_line(teacher, student or "", found.problems))
     if found.plan:
         api.require_fit(found.plan)
 

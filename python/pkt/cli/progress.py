@@ -6,6 +6,7 @@ and computing together: the pace of the run, not of the disk), and the anonymous
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Progress:
             unit = _UNITS.get(self._phase, "layer")
             self._bar = tqdm(
                 desc=f"{self._phase:8}", total=total, initial=self._first, unit=unit,
-                file=sys.stderr, dynamic_ncols=True,
+                file=sys.stderr, ncols=shutil.get_terminal_size((100, 24)).columns,
             )  # fmt: skip
         self._bar.set_postfix_str(", ".join(self._figures(done)), refresh=False)
         self._bar.update(done - self._bar.n)

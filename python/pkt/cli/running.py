@@ -5,9 +5,10 @@ What `pkt extract` and `pkt demo` share. Everything said here goes to stderr.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,17 +34,28 @@ def prepare(*, say: bool, teacher: str, student: str, **rest: Any) -> Task:
     table = aliases()
     for name in (teacher, student):
         source = resolve(name, table)
-        if say and not Path(source).is_dir() and "/" in source:
+        if say and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).is_dir():
             click.echo(f"{name}: {source} from the hub, or from its local cache", err=True)
     try:
         return api.prepare(teacher, student, aliases=table, **rest)
-    except IncompatibleError:
+    except IncompatibleError as error:
         shape = {name: rest[name] for name in ("targets", "embeddings") if name in rest}
-        with contextlib.suppress(PktError):  # where headers say more than the error's one line
+        try:
             found = api.inspect(teacher, student, aliases=table, **shape)
-            if refused := [row for row in found.rows if not row.ok]:
-                click.echo(match_table(refused), err=True)
+        except PktError:  # one of them alone is refused: headers have no more to say
+            raise error from None
+        if refused := [row for row in found.rows if not row.ok]:
+            click.echo(match_table(refused), err=True)
+        if found.problems:
+            line = problems_line(teacher, student, found.problems)
+            raise IncompatibleError(line, error.hint) from error
         raise
+
+
+def problems_line(teacher: str, student: str, problems: Sequence[str]) -> str:
+    """What forbids a run, in one line."""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{teacher} → {student}: {problems[0]}{more}"
 
 
 def perform(

@@ -407,4 +407,3 @@ def _run_record(
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
-

@@ -40,17 +40,16 @@ def column_scores(sweep: Sweep, accumulate: Accumulate) -> dict[str, list[float]
 
     """
     depth = len(sweep.skeleton.layers)
-    head = sweep.source.read({"head": sweep.head_piece})["head"]
+    head = sweep.source.read({"head": sweep.placement.head})["head"]
     tied = _one_tensor(sweep)
     sums = {
         name: torch.zeros(head.shape[1], dtype=torch.float64, device=sweep.device)
         for name in ("embedding", "head")
     }
-    chunks = (sweep.source.read({"rows": piece})["rows"] for piece in sweep.embedding_chunks())
-    with sweep.gathered(chunks) as rows:
-        for number, (seed, block) in enumerate(
-            zip(sweep.seeds, rows.split(list(sweep.spool.lengths)), strict=True)
-        ):
+    pieces = sweep.placement.embedding_chunks()
+    with sweep.gathered(sweep.source.read({"rows": p})["rows"] for p in pieces) as rows:
+        blocks = rows.split(list(sweep.spool.lengths))
+        for number, (seed, block) in enumerate(zip(sweep.seeds, blocks, strict=True)):
             tokens, weight, gradient = _embedding_gradient(sweep, number, seed, block)
             with _captured(sweep) as seen:
                 hidden = sweep.spool.read(f"input-{depth:05d}", number).to(sweep.device)
@@ -136,7 +135,7 @@ def _one_tensor(sweep: Sweep) -> bool:
     """
     if not sweep.skeleton.may_tie:
         return False
-    embedding, head = sweep.embedding_piece, sweep.head_piece
+    embedding, head = sweep.placement.embedding, sweep.placement.head
     if embedding == head:
         return True
     return all(
@@ -150,6 +149,6 @@ def _one_tensor(sweep: Sweep) -> bool:
 
 def _starts(sweep: Sweep) -> Iterator[tuple[int, Any]]:
     start = 0
-    for piece in sweep.embedding_chunks():
+    for piece in sweep.placement.embedding_chunks():
         yield start, piece
         start += piece.shape[0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,17 +19,18 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from pkt.checkpoint import Checkpoint, Piece, find_outer
-from pkt.errors import CheckpointError, PktError
+from pkt.checkpoint import Checkpoint, Piece
+from pkt.errors import PktError
 from pkt.records import Seed
+from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
 from pkt.sweep.ends import Accumulate, column_scores
-from pkt.sweep.skeleton import Call, Skeleton
+from pkt.sweep.placement import Placement
+from pkt.sweep.skeleton import Skeleton
 from pkt.sweep.spool import Spool
 
 LOGIT_ELEMENTS = 1 << 23  # logits made at once; a constant, so that no result depends on a budget
 GATHER_TOKENS = 1024  # embedding rows copied at once
-CALL_BYTES = 64 << 20  # masks and position embeddings kept between layers
 
 Weights = Mapping[str, torch.Tensor]
 Notify = Callable[[str, int, int], None]
@@ -77,8 +77,12 @@ class Sweep:
     keep_last: bool = False  #: last hidden states are wanted again, for embedding and head
     notify: Notify = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
-    _calls: OrderedDict[int, list[Call]] = field(default_factory=OrderedDict)
-    outer: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Read the small parameters outside the layers: every phase needs them."""
+        self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
+        self.outer = self.source.read(self.placement.outer())
+        self.calls = Calls(self.skeleton, self.outer, self.spool.width, self.spool.dtype)
 
     def run(self, observer: Observer) -> tuple[list[float], list[dict[str, Any]]]:
         """Both passes, from wherever the spool stands.
@@ -95,24 +99,21 @@ class Sweep:
         depth = len(self.skeleton.layers)
         records = self._recorded(depth)
         first_done = depth - len(records)
+        ends_wanted = self.keep_last and self.spool.get("ends") is None
         head_done = self.spool.get("losses") is not None and (
-            first_done == 0 or self.spool.valid(upstream_of(first_done))
+            self.spool.valid(upstream_of(first_done)) or (first_done == 0 and not ends_wanted)
         )
         if not head_done:
             records, first_done = [], depth
-        needed = list(range(first_done))
-        if not head_done or (self.keep_last and self.spool.get("ends") is None):
-            needed.append(depth)
-        absent = [index for index in needed if not self.spool.valid(boundary(index))]
+        needed = [*range(first_done), *([depth] if ends_wanted or not head_done else [])]
+        absent = self._absent(needed)
         embed = 0 in absent
         forward = [index - 1 for index in absent if index > 0]
         backward = list(reversed(range(first_done)))
         jobs: list[tuple[str, dict[str, Piece]]] = []
-        chunks = self.embedding_chunks() if embed else []
+        chunks = self.placement.embedding_chunks() if embed else []
         jobs += [("embedding", {"rows": piece}) for piece in chunks]
-        jobs += [(f"layer {i}", dict(self._layer_pieces(i))) for i in (*forward, *backward)]
-        if needed:
-            self.outer = self.source.read(self._outer_pieces())
+        jobs += [(f"layer {i}", self.placement.layer(i)) for i in (*forward, *backward)]
         weights = self.source.jobs(jobs)
         if embed:
             with self._phase("embed"):
@@ -128,8 +129,7 @@ class Sweep:
             for done, index in enumerate(backward):
                 records.insert(0, self._backward(index, next(weights), observer))
                 self.notify("backward", depth - first_done + done + 1, depth)
-        losses: list[float] = self.spool.get("losses")
-        return losses, records
+        return list(self.spool.get("losses") or []), records
 
     def ends(self, accumulate: Accumulate) -> dict[str, list[float]]:
         """Column scores (D,) of embedding and head, from the spool that `run` has left."""
@@ -139,6 +139,16 @@ class Sweep:
                 record = column_scores(self, accumulate)
             self.spool.put("ends", record)
         return record
+
+    def _absent(self, needed: Sequence[int]) -> list[int]:
+        """Boundaries that must be made, ascending: each is made from the one before it."""
+        absent: set[int] = set()
+        for last in needed:
+            for index in range(last, -1, -1):
+                if index in absent or self.spool.valid(boundary(index)):
+                    break
+                absent.add(index)
+        return sorted(absent)
 
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
@@ -152,11 +162,11 @@ class Sweep:
 
     def _embed(self, weights: Iterator[Weights], chunks: Sequence[Piece]) -> None:
         """Gather embedding rows, run what the model does before its first layer."""
-        with self.gathered(next(weights)["rows"] for _ in chunks) as rows:
-            with self.spool.writer(boundary(0)) as out, torch.no_grad():
-                for block in rows.split(list(self.spool.lengths)):
-                    out.append(self.skeleton.prefix(block.to(self.device), self.outer)[0])
-        self._check_calls()
+        tables = (next(weights)["rows"] for _ in chunks)
+        with self.gathered(tables) as rows, self.spool.writer(boundary(0)) as out, torch.no_grad():
+            for block in rows.split(list(self.spool.lengths)):
+                out.append(self.skeleton.prefix(block.to(self.device), self.outer)[0])
+        self.calls.require_same(self.skeleton.tape.calls, len(self.seeds[-1].tokens))
 
     @contextmanager
     def gathered(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -177,15 +187,15 @@ class Sweep:
         with self.spool.writer(boundary(index + 1)) as out:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
-                args, kwargs = self._call(len(seed.tokens), index)
+                args, kwargs = self.calls.of(len(seed.tokens), index)
                 result = self._apply(index, weights, hidden, args, kwargs)
                 if not bool(torch.isfinite(result).all()):
-                    raise self._not_finite(index, weights, seed, "activation")
+                    raise self._bad_layer(index, weights, seed, "activation")
                 out.append(result[0])
 
     def _head(self, depth: int) -> None:
         """Loss of each seed, and its gradient with respect to the last hidden state."""
-        head = self.source.read({"head": self.head_piece})["head"]
+        head = self.source.read({"head": self.placement.head})["head"]
         losses = []
         with self.spool.writer(upstream_of(depth)) as out:
             for number, seed in enumerate(self.seeds):
@@ -194,7 +204,8 @@ class Sweep:
                     self._check_head(hidden, head)
                 loss, gradient = self.loss(seed, hidden, head)
                 if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
-                    raise self._not_finite(None, {"head": head, **self.outer}, seed, "loss")
+                    pieces = {"head": self.placement.head, **self.placement.outer()}
+                    raise self._not_finite(pieces, {"head": head, **self.outer}, seed, "loss")
                 out.append(gradient)
                 losses.append(loss)
                 self.notify("head", number + 1, len(self.seeds))
@@ -226,12 +237,13 @@ class Sweep:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
                 upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
-                args, kwargs = self._call(len(seed.tokens), index)
+                args, kwargs = self.calls.of(len(seed.tokens), index)
                 leaf = hidden.requires_grad_()
                 with captures.seed(number, weights):
                     result = self._apply(index, live, leaf, args, kwargs)
+                    wanted = [leaf, *(live[name] for name in others)]
                     gradients = torch.autograd.grad(
-                        result, [leaf, *(live[n] for n in others)], upstream[None], allow_unused=True
+                        result, wanted, upstream[None], allow_unused=True
                     )
                 if uncalled := captures.uncalled:
                     raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
@@ -240,14 +252,15 @@ class Sweep:
                     if gradient is not None:
                         finite &= observer.parameter(name, others[name], gradient)
                 if not finite:
-                    raise self._not_finite(index, weights, seed, "gradient")
+                    raise self._bad_layer(index, weights, seed, "gradient")
                 out.append(gradients[0])
             for module in linears:
                 weight = weights[f"{module}.weight"]
                 if not self.whole_layer:
-                    for x, dy in captures.replay(module):
-                        if not observer.linear(module, weight, x.to(self.device), dy.to(self.device)):
-                            raise self._not_finite(index, weights, self.seeds[0], "gradient")
+                    for seed, (x, dy) in zip(self.seeds, captures.replay(module), strict=True):
+                        inputs, upstream = x.to(self.device), dy.to(self.device)
+                        if not observer.linear(module, weight, inputs, upstream):
+                            raise self._bad_layer(index, weights, seed, "gradient")
                 observer.finish_matrix(index, module, weight)
         record = observer.finish_layer(index)
         self.spool.put(_record(index), record)
@@ -271,26 +284,6 @@ class Sweep:
             raise self.skeleton.tape.refusal("has decoder layers that return no hidden state")
         return result
 
-    def _call(self, length: int, index: int) -> Call:
-        """How the model calls layer ``index`` for a text of ``length`` tokens."""
-        if length not in self._calls:
-            rows = torch.zeros(length, self.spool.width, dtype=self.spool.dtype, device=self.device)
-            with torch.no_grad():
-                self.skeleton.prefix(rows, self.outer)
-            self._calls[length] = self.skeleton.tape.calls
-            while len(self._calls) > 1 and _call_bytes(self._calls.values()) > CALL_BYTES:
-                self._calls.popitem(last=False)
-        self._calls.move_to_end(length)
-        return self._calls[length][index]
-
-    def _check_calls(self) -> None:
-        """Refuse a family whose layer arguments depend on more than the length."""
-        length = len(self.seeds[-1].tokens)
-        seen = self.skeleton.tape.calls  # of the last seed, made from its real embeddings
-        for index, real in enumerate(seen):
-            if not _same(real, self._call(length, index)):
-                raise self.skeleton.tape.refusal("gives its layers arguments made from the text")
-
     @torch.no_grad()
     def _check_head(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
         """Refuse a family whose logits at a position depend on other positions."""
@@ -299,74 +292,19 @@ class Sweep:
         if not torch.allclose(two[:1].float(), one.float(), rtol=0.05, atol=0.05, equal_nan=True):
             raise self.skeleton.tape.refusal("mixes positions after its last layer")
 
-    def _layer_pieces(self, index: int) -> Mapping[str, Piece]:
-        pieces = self.checkpoint.layers[index]
-        names = [name for name, _ in self.skeleton.layers[index].named_parameters()]
-        missing = [name for name in names if name not in pieces]
-        if missing:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: layer {index} has no tensor '{missing[0]}'",
-                "the checkpoint does not belong to this config.json",
-            )
-        expected = {n: tuple(p.shape) for n, p in self.skeleton.layers[index].named_parameters()}
-        for name, shape in expected.items():
-            if pieces[name].shape != shape:
-                raise CheckpointError(
-                    f"tensor '{pieces[name].name}' in {self.checkpoint.shard_name(pieces[name])}: "
-                    f"expected shape {shape} from config.json, found {pieces[name].shape}"
-                )
-        return {name: pieces[name] for name in names}
-
-    def _outer_pieces(self) -> dict[str, Piece]:
-        return {name: self._place(name) for name in self.skeleton.outer}
-
-    @property
-    def head_piece(self) -> Piece:
-        """The head's tensor: the embedding's where the checkpoint holds only that."""
-        return self._end(self.skeleton.head, self.skeleton.embedding)
-
-    @property
-    def embedding_piece(self) -> Piece:
-        """The embedding's tensor: the head's where the checkpoint holds only that."""
-        return self._end(self.skeleton.embedding, self.skeleton.head)
-
-    def embedding_chunks(self) -> list[Piece]:
-        """The embedding in runs of rows that fit a slot."""
-        whole = self.embedding_piece
-        starts = range(0, whole.shape[0], self.chunk_rows)
-        return [whole.rows(s, min(s + self.chunk_rows, whole.shape[0])) for s in starts]
-
-    def _end(self, name: str, partner: str) -> Piece:
-        found = find_outer(self.checkpoint, name, self.skeleton.base_prefix)
-        return found or self._place(partner if self.skeleton.may_tie else name)
-
-    def _place(self, name: str) -> Piece:
-        piece = find_outer(self.checkpoint, name, self.skeleton.base_prefix)
-        if piece is None:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: no tensor for the parameter '{name}'",
-                "the checkpoint does not belong to this config.json",
-            )
-        return piece
+    def _bad_layer(self, index: int, weights: Weights, seed: Seed, what: str) -> PktError:
+        pieces = self.placement.layer(index)
+        return self._not_finite(pieces, weights, seed, f"{what} in layer {index}")
 
     def _not_finite(
-        self, index: int | None, weights: Weights, seed: Seed, what: str
+        self, pieces: Mapping[str, Piece], weights: Weights, seed: Seed, what: str
     ) -> PktError:
         """Blame the weight that is NaN or infinite, else the seed."""
-        for name, weight in weights.items():
-            bad = ~torch.isfinite(weight)
-            if bool(bad.any()):
-                piece = self.checkpoint.layers[index][name] if index is not None else None
-                piece = piece or (self.head_piece if name == "head" else self._place(name))
-                where = tuple(int(i) for i in bad.nonzero()[0])
-                return CheckpointError(
-                    f"tensor '{piece.name}' in {self.checkpoint.shard_name(piece)}: expected finite "
-                    f"weights, found {float(weight[where])} at {where}",
-                    "the checkpoint is damaged: fetch it again",
-                )
-        place = "" if index is None else f" in layer {index}"
+        for name, piece in pieces.items():
+            if damage := self.placement.damage(weights[name], piece):
+                return damage
         return PktError(
-            f"seed {seed.name}: its {what}{place} is not finite, though all weights are",
+            f"seed {seed.name}: its {what} is not finite, though all weights are",
             "try --dtype float32, or leave this seed out",
         )
 
@@ -380,36 +318,14 @@ class Sweep:
 
 
 def boundary(index: int) -> str:
+    """Name of the spool file with the inputs of layer ``index``; the last one's are outputs."""
     return f"input-{index:05d}"
 
 
 def upstream_of(index: int) -> str:
+    """Name of the spool file with the gradients at the inputs of layer ``index``."""
     return f"upstream-{index:05d}"
 
 
 def _record(index: int) -> str:
     return f"layer-{index:05d}"
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _call_bytes(calls: Any) -> int:
-    seen = {t.data_ptr(): t.nbytes for t in _tensors(list(calls))}
-    return sum(seen.values())
-
-
-def _same(first: Call, second: Call) -> bool:
-    ours, theirs = list(_tensors(first)), list(_tensors(second))
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
-    )
-

@@ -108,7 +108,7 @@ class Skeleton:
         Afterwards ``tape.calls`` holds how the model calls each of its layers.
         """
         strip = f"{self.base_prefix}."
-        weights = {name.removeprefix(strip): tensor for name, tensor in outer.items()}
+        weights = {n.removeprefix(strip): t for n, t in outer.items() if n.startswith(strip)}
         weights[self.embedding.removeprefix(strip)] = rows
         self.tape.start()
         self._call(self.base, weights, torch.arange(rows.shape[0], device=rows.device)[None])
@@ -157,7 +157,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise IncompatibleError(f"{folder}: transformers cannot build this model: {reason}") from error
+        where = f"{folder}: transformers cannot build this model"
+        raise IncompatibleError(f"{where}: {reason}") from error
     model.eval().requires_grad_(False)
     model.config.pad_token_id = None  # rows are gathered: ids are positions, none is padding
     family = str(config.model_type)
@@ -168,8 +169,6 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise tape.refusal("has no nn.Embedding in front and nn.Linear head behind its layers")
-    if head.bias is not None:
-        raise tape.refusal("has a bias on its head")
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
     padding_idx, embedding.padding_idx = embedding.padding_idx, None

@@ -201,7 +201,7 @@ class Scratch:
 
 
 def _fill(file: Any, offset: int, block: torch.Tensor, path: Path) -> None:
-    data = memoryview(block.view(torch.uint8).numpy().reshape(-1))
+    data = block.view(torch.uint8).numpy().reshape(-1).data
     file.seek(offset)
     filled = 0
     while filled < len(data):
