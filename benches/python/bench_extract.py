@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pkt.api import execute, prepare
 from pkt.host import PeakMeter
-from record import machine, write_record
+from record import long_seeds, machine, write_record
 
 CHUNK = 1 << 20
 
@@ -76,11 +77,18 @@ def side(args: argparse.Namespace) -> None:
     }))  # fmt: skip
 
 
+def run_side(name: str, seeds: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", name, "--seeds", seeds]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True)
-    parser.add_argument("--seeds", required=True)
+    parser.add_argument("--seeds", default=None, help="default: long texts of built-in stories")
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--max-ram", default=None)
@@ -92,10 +100,10 @@ def main() -> None:
         side(args)
         return
     found = {}
-    for name in args.sides.split(","):
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[name] = json.loads(out.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = args.seeds or str(long_seeds(Path(folder) / "seeds.jsonl", args.limit))
+        for name in args.sides.split(","):
+            found[name] = run_side(name, seeds)
     ours = found["pkt"]
     lines = []
     for name, theirs in found.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 from pkt.host import describe
@@ -14,6 +16,16 @@ FOLDER = Path(__file__).resolve().parents[1] / "record"
 def machine() -> str:
     host = describe()
     return f"{host['processor']}, {host['cores']} cores, {int(host['memory_bytes']) >> 30} GiB"
+
+
+def long_seeds(path: Path, count: int) -> Path:
+    """Texts of about 7000 tokens each, from the built-in stories."""
+    source = resources.files("pkt").joinpath("data/demo/stories_train.jsonl")
+    stories = [json.loads(line)["text"] for line in source.read_text("utf-8").splitlines() if line]
+    size = len(stories) // count if count > 33 else 30
+    texts = [" ".join(stories[at * size : (at + 1) * size]) for at in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
 
 
 def write_record(name: str, lines: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from pkt.records import Factors, Split
 
 TOLERANCE = 1e-3  # of the residual ‖Wv − σu‖ / σ; σ itself is then right to its square or so
-FULL_BELOW = 1024  # shorter sides this small are decomposed whole
+FULL_BELOW = 384  # shorter sides this small are decomposed whole
 
 
 def factorize(weight: torch.Tensor, rank: int, split: Split) -> Factors:

@@ -19,6 +19,7 @@ import torch
 import pkt as package
 from commands import Inputs, Result, build_inputs, pkt, result_bytes, write_seeds
 from pkt.cli import demo as demo_command
+from pkt.cli.interrupts import Interruption, Interrupts
 from pkt.cli.progress import Progress
 
 COMMANDS = ("inspect", "extract", "env", "demo")
@@ -458,6 +459,33 @@ def test_a_signal_keeps_finished_layers_and_the_command_continues(
     steps = [line.split()[:2] for line in again.err.splitlines() if " held" in line]
     assert ["forward", "1/6"] not in steps
     assert result_bytes(out) == whole
+
+
+def test_an_interruption_passes_where_failures_are_explained(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a tokenizer turns every `Exception` into a message about the tokenizer."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", interrupted)
+    ended = pkt("extract", *inputs.options(), "-o", tmp_path / "out")
+    assert (ended.code, ended.error) == (143, "interrupted")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interruption_that_is_lost_is_raised_again() -> None:
+    class Loses:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with Interrupts() as interrupts:
+        lost = Loses()
+        del lost
+        assert interrupts.received == signal.SIGINT
+        with pytest.raises(Interruption):
+            interrupts.check()
 
 
 # demo

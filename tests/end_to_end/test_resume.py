@@ -313,9 +313,7 @@ def test_files_of_others_are_never_removed(files: list[str], case: Case, tmp_pat
     assert runs.contents(tmp_path) == dict.fromkeys(sorted(files), b"mine")
 
 
-def test_overwrite_replaces_an_unfinished_run_with_other_inputs(
-    case: Case, tmp_path: Path
-) -> None:
+def test_overwrite_replaces_an_unfinished_run_with_other_inputs(case: Case, tmp_path: Path) -> None:
     out = case.stopped(("backward", 2), tmp_path / "out")
     case.extract(out, select="window", overwrite=True)
     fresh = tmp_path / "fresh"

@@ -25,7 +25,7 @@ from pkt.cli.extract import extract
 from pkt.cli.inspect import inspect
 from pkt.cli.interrupts import Interrupts
 from pkt.cli.options import Session
-from pkt.errors import PktError
+from pkt.errors import InterruptError, PktError
 
 BROKEN_PIPE = 141  # as a shell says it of a process that SIGPIPE ended
 
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BaseException as error:
             if debugging():
                 traceback.print_exc()
+            if interrupts.received is not None and not isinstance(error, InterruptError):
+                error = InterruptError(interrupts.received, "interrupted")
             return _explain(error)
 
 

@@ -12,6 +12,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -39,20 +40,13 @@ def demo(session: Session, output_dir: Path, as_json: bool, quiet: bool) -> None
 
     DIR gets both models, their story files, and the result in DIR/out.
     """
-    unpack(output_dir)
-    names = {
-        "teacher": output_dir / "stories260k",
-        "student": output_dir / "stories50k",
-        "seeds": output_dir / "stories_seeds.jsonl",
-    }
-    words = ["pkt", "extract"]
-    for option, path in names.items():
-        words += [f"--{option}", str(path)]
+    pair = {name: str(path) for name, path in unpack(output_dir)._asdict().items()}
+    words = [word for name, path in pair.items() for word in (f"--{name}", path)]
     words += ["--rank", str(RANK), "-o", str(output_dir / "out")]
-    command = shlex.join(words)
+    command = shlex.join(["pkt", "extract", *words])
     if not quiet:
         click.echo(f"$ {command}", err=True)
-    task = prepare(say=not quiet, rank=RANK, **{name: str(path) for name, path in names.items()})
+    task = prepare(say=not quiet, rank=RANK, **pair)
     with one_thread():
         made = perform(session, task, output_dir / "out", say=not quiet)
     click.echo(result_json(made) if as_json else _text(made, command))
@@ -71,7 +65,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def unpack(folder: Path) -> None:
+class BuiltInPair(NamedTuple):
+    """Where the models and their seeds lie."""
+
+    teacher: Path
+    student: Path
+    seeds: Path
+
+
+def unpack(folder: Path) -> BuiltInPair:
     """Write the built-in pair into ``folder``; what is there already must be the same.
 
     Raises:
@@ -99,6 +101,9 @@ def unpack(folder: Path) -> None:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(source.read_bytes())
+    return BuiltInPair(
+        folder / "stories260k", folder / "stories50k", folder / "stories_seeds.jsonl"
+    )
 
 
 def _files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, Traversable]]:

@@ -15,7 +15,7 @@ from typing import Any
 from pkt.config import format_bytes
 from pkt.host import anonymous_bytes
 
-_UNITS = {"embed": "chunk", "head": "seed"}
+_UNITS = {"embed": "chunk", "head": "seed", "ends": "seed"}
 _STREAMED = ("forward", "backward")
 
 
@@ -65,9 +65,10 @@ class Progress:
 
             tqdm.monitor_interval = 0  # no thread for it
             unit = _UNITS.get(self._phase, "layer")
+            size = shutil.get_terminal_size((100, 24))  # some terminals say 0 × 0: no bar then
             self._bar = tqdm(
                 desc=f"{self._phase:8}", total=total, initial=self._first, unit=unit,
-                file=sys.stderr, ncols=shutil.get_terminal_size((100, 24)).columns,
+                file=sys.stderr, ncols=size.columns, nrows=size.lines,
             )  # fmt: skip
         self._bar.set_postfix_str(", ".join(self._figures(done)), refresh=False)
         self._bar.update(done - self._bar.n)

@@ -91,9 +91,11 @@ def perform(
         made = api.execute(
             task, folder, io=mode[0], device=device, overwrite=overwrite, notify=notify
         )
-    except InterruptError as error:
+    except BaseException as error:
         progress.close()
-        raise _kept(error, task, folder, session) from error
+        if session.interrupts.received is None:
+            raise
+        raise _kept(session.interrupts.received, task, folder, session) from error
     finally:
         progress.close()
     if made.run["io"] != mode[0]:
@@ -123,14 +125,14 @@ def reading_mode(task: Task, wanted: IoMode) -> tuple[IoMode, str]:
     return cast(IoMode, mode), reason
 
 
-def _kept(error: InterruptError, task: Task, folder: Path, session: Session) -> InterruptError:
+def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:
     """What an interrupted run leaves (by the sweep's file names), and how it is continued."""
     spool, depth = folder / WORK / "spool", task.teacher.layers
     backward = len(list(spool.glob("layer-*.json")))
     inputs = [int(path.name[6:11]) for path in spool.glob("input-*.sum.json")]
     forward = depth if backward else max(inputs, default=0)
     return InterruptError(
-        error.exit_code - 128,
+        number,
         f"interrupted; {forward} of {depth} forward layers and {backward} of {depth} backward "
         f"layers are finished and kept in {folder / WORK}",
         f"continue with: {shlex.join(['pkt', *session.arguments])}",

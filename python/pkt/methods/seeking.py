@@ -157,7 +157,7 @@ def run(
     work_identity = {**task.identity(), "device": place.type}
     with peak.running(), run_folder(folder, work_identity, overwrite) as work:
         with costs.phase("skeleton"):
-            skeleton = build_skeleton(task.teacher.folder, dtype)
+            skeleton = build_skeleton(task.teacher.folder, dtype, place)
             student = build_skeleton(task.student.folder, torch.float32)
         source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
         try:

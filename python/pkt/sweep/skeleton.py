@@ -136,12 +136,14 @@ class Skeleton:
         return torch.func.functional_call(module, dict(weights), (), kwargs, tie_weights=False)
 
 
-def build_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
+def build_skeleton(
+    folder: Path, dtype: torch.dtype, device: torch.device | None = None
+) -> Skeleton:
     """The model of ``folder``'s configuration, without weights, ready to be swept.
 
-    Parameters are on meta; buffers (rotary frequencies, embedding scales) are real. Head and
-    embedding are separate parameters here even where the configuration ties them: the sweep
-    hands each its tensor.
+    Parameters are on meta; buffers (rotary frequencies, embedding scales) are on ``device``, by
+    default the CPU. Head and embedding are separate parameters here even where the configuration
+    ties them: the sweep hands each its tensor.
 
     Raises:
         IncompatibleError: the family has no causal model, needs remote code, or does not keep
@@ -160,6 +162,9 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         where = f"{folder}: transformers cannot build this model"
         raise IncompatibleError(f"{where}: {reason}") from error
     model.eval().requires_grad_(False)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device or "cpu"))
     model.config.pad_token_id = None  # rows are gathered: ids are positions, none is padding
     family = str(config.model_type)
     path, stack = _layer_stack(model, family, int(config.num_hidden_layers))
