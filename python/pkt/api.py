@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pkt.config import load_aliases, parse_bytes
 from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
 from pkt.host import memory_limit
-from pkt.models import Model, load_tokenizer, open_model
+from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
 from pkt.projections import Pair, match
 from pkt.records import Extraction, Inspection, IoMode, LayerRule, Plan, Select, Split, Template
@@ -64,6 +64,8 @@ def inspect(
     problems: list[str] = []
     if small:
         pairs, rows, problems = match(big, small, targets, embeddings)
+        if embeddings:
+            problems += _vocabulary_problems(big, small)
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
@@ -112,22 +114,23 @@ def prepare(
         PktError: and its subclasses, for each input that cannot be used.
 
     """
-    from pkt.methods.seeking import Config, Task
-    from pkt.seeds import read_seeds
-
     if rank < 1:
         raise UsageError(f"--rank: expected 1 or more, found {rank}")
     table = load_aliases(None) if aliases is None else aliases
     big = open_model(teacher, table, "teacher")
     small = open_model(student, table, "student")
     pairs, _, problems = match(big, small, targets, embeddings)
-    if embeddings and not problems:
+    if embeddings:
         problems += _vocabulary_problems(big, small)
     if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleError(
-            f"{teacher} → {student}: " + "; ".join(problems),
+            f"{teacher} → {student}: {problems[0]}{more}",
             f"pkt inspect --teacher {teacher} --student {student} shows every module",
         )
+    from pkt.methods.seeking import Config, Task  # torch is loaded from here on
+    from pkt.seeds import read_seeds
+
     tokenizer = load_tokenizer(big)
     read = read_seeds(
         Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
@@ -277,7 +280,11 @@ def description(model: Model) -> dict[str, Any]:
 
 
 def _vocabulary_problems(teacher: Model, student: Model) -> list[str]:
-    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
+    """Same number of rows is not enough: the tokens must be the same ones."""
+    ours, theirs = vocabulary(student), vocabulary(teacher)
+    if ours is None or theirs is None:
+        lacking = student if ours is None else teacher
+        return [f"vocabulary: {lacking.folder} has no tokenizer.json to compare"]
     if ours == theirs:
         return []
     differing = len(set(ours.items()) ^ set(theirs.items()))

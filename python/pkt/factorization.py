@@ -75,7 +75,9 @@ def leading_triplets(
     if weight.shape[0] > weight.shape[1]:
         v, sigma, ut = leading_triplets(weight.T, rank)
         return ut.T, sigma, v.T
-    return _block_krylov(weight.float(), rank)
+    scale = float(weight.abs().max()) or 1.0  # squares of tiny weights would underflow
+    u, sigma, vt = _block_krylov(weight.float() / scale, rank)
+    return u, sigma * scale, vt
 
 
 def _block_krylov(
@@ -89,7 +91,7 @@ def _block_krylov(
     size = weight.shape[0]
     block, generator = max(2 * rank, 32), torch.Generator().manual_seed(0)
     start = torch.randn(block, weight.shape[1], generator=generator)
-    fresh = _orthonormal(start @ weight.T, start.new_empty(0, size))
+    fresh = _orthonormal(start @ weight.T, start.new_empty(0, size), generator)
     basis, image = fresh, fresh @ weight  # (k, n) and (k, m)
     look = 2 * block
     while True:
@@ -104,18 +106,29 @@ def _block_krylov(
             residual = (weight @ v.float()).double() - u * sigma
             if full or float((residual.norm(dim=0) / sigma).max()) <= TOLERANCE:
                 return u, sigma, v.T
-        fresh = _orthonormal(image[-block:] @ weight.T, basis)
+        fresh = _orthonormal(image[-block:] @ weight.T, basis, generator)
         basis = torch.cat([basis, fresh])
         image = torch.cat([image, fresh @ weight])
 
 
-def _orthonormal(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """``rows`` made orthonormal, and orthogonal to the rows of ``basis``: twice is enough."""
-    for _ in range(2):
-        rows = rows - (rows @ basis.T) @ basis
+def _orthonormal(
+    rows: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """``rows`` made orthonormal, and orthogonal to the rows of ``basis``.
+
+    Rows that lie in the span already (a rank-deficient matrix has no others left) are replaced
+    by random ones: what they find is then the null space, with σ = 0.
+    """
+    before = rows.norm(dim=1).max()
+    rows = rows - (rows @ basis.T) @ basis
+    spent = rows.norm(dim=1) <= 1e-4 * before
+    if bool(spent.any()):
+        rows[spent] = torch.randn(int(spent.sum()), rows.shape[1], generator=generator)
+    for _ in range(3):
         q, _ = torch.linalg.qr(rows.T)
-        rows = q.T
-    return rows
+        rows = q.T - (q.T @ basis.T) @ basis
+    made: torch.Tensor = torch.linalg.qr(rows.T)[0].T
+    return made
 
 
 def _factors(

@@ -175,6 +175,19 @@ def refuse_unsupported(config: Mapping[str, Any], folder: Path, role: str) -> No
         raise _mixture(config, folder, role)
 
 
+def vocabulary(model: Model) -> Mapping[str, int] | None:
+    """Token → id as tokenizer.json says; ``None`` if there is none. Nothing is loaded for it."""
+    try:
+        loaded = json.loads((model.folder / "tokenizer.json").read_bytes())
+        listed = loaded["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in loaded.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if isinstance(listed, list):  # unigram: pairs of piece and score
+        listed = {piece[0]: index for index, piece in enumerate(listed)}
+    return {**listed, **added}
+
+
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer of a model folder.
 

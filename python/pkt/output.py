@@ -9,6 +9,7 @@ manifest last.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -71,8 +72,13 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
         with _locked(work):
             _claim(folder, work, identity, overwrite)
             yield work
-    except PermissionError as error:
-        raise OutputError(f"{folder}: not writable: {error.strerror}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{folder}: the disk is full; what is finished is kept in {work}",
+                "make room, then run the same command again: it continues where it stopped",
+            ) from error
+        raise OutputError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
 def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:

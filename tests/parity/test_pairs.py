@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import pkt
 import reference
@@ -91,6 +92,58 @@ def test_families_meet_by_the_roles_of_their_modules(pair: str, tmp_path: Path) 
     compare(made, wanted)
     expanded = {w["kv_repeat"] for w in made.manifest["windows"].values()} == {1, 4}
     assert expanded is pair.endswith("expanded")
+
+
+def store(folder: Path, model_type: str, seed: int, **entries: Any) -> Path:
+    """A tiny random checkpoint of a family that `tiny` does not list."""
+    config = AutoConfig.for_model(
+        model_type, vocab_size=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        max_position_embeddings=64, **entries,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    tiny.randomize(model, seed)
+    model.to(torch.float32).config.dtype = torch.float32
+    model.save_pretrained(folder)
+    tiny.write_tokenizer(folder, 128)
+    return folder
+
+
+GROUP = {"num_key_value_heads": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": None},  # positions are learned and outside
+    "phi": {},  # a part of each head is rotated; parallel branches
+    "cohere2": GROUP,  # logits are scaled
+    "granite": GROUP,  # so are embeddings, residuals and attention
+    "starcoder2": GROUP,
+    "gpt_bigcode": {},  # one key for all heads, in one fused matrix
+    "lfm2": GROUP,
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_families_that_nothing_here_was_written_for(family: str, tmp_path: Path) -> None:
+    shapes = ({"hidden_size": 64, "num_hidden_layers": 3}, {"hidden_size": 32, "num_hidden_layers": 2})
+    teacher, student = (
+        store(
+            tmp_path / f"{index}", family, index, num_attention_heads=4,
+            intermediate_size=2 * shape["hidden_size"], **{**shape, **OTHERS[family]},
+        )
+        for index, shape in enumerate(shapes)
+    )  # fmt: skip
+    made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32")
+    compare(made, wanted)
+
+
+def test_projections_that_are_no_linear_modules_are_refused(tmp_path: Path) -> None:
+    """GPT-2 stores them turned (Conv1D): nothing may be cut from them, nor any weight be read."""
+    sizes = ((48, 3), (32, 2))
+    teacher, student = (
+        store(tmp_path / f"{i}", "gpt2", i, n_embd=width, n_layer=layers, n_head=4)
+        for i, (width, layers) in enumerate(sizes)
+    )
+    with pytest.raises(IncompatibleError, match="gpt2"):
+        extract(tmp_path, teacher, student)
+    assert not list(tmp_path.glob("out/.work/spool/*"))
 
 
 def test_a_role_that_the_teacher_lacks_is_refused_before_anything_is_read(tmp_path: Path) -> None:

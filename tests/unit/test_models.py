@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pkt.errors import CheckpointError, IncompatibleError, PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
 from pkt.sweep import build_skeleton
+from pkt.sweep.skeleton import _layer_stack
 
 F32 = torch.float32
 SMALL: dict[str, Any] = {
@@ -28,7 +29,8 @@ def with_config(folder: Path, **entries: Any) -> Path:
     """Change entries of a tiny model's configuration; ``None`` removes one."""
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **entries}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    gone = {key for key, value in entries.items() if value is None}
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in gone}))
     return folder
 
 
@@ -120,6 +122,13 @@ def test_experts_in_the_tensors_alone_are_refused_too(tmp_path: Path) -> None:
     assert "mixture of experts" in text
 
 
+def test_a_state_space_model_is_no_mixture_of_experts(tmp_path: Path) -> None:
+    """Refused, and for what it is: its convolutions have three dimensions, experts or not."""
+    text = refused(store(tmp_path, "mamba", state_size=4, intermediate_size=64))
+    assert "mamba" in text
+    assert "mixture of experts" not in text
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
 def test_quantized_weights_are_refused_by_method(method: str, tmp_path: Path) -> None:
     folder = with_config(tiny.build("llama", tmp_path), quantization_config={"quant_method": method})
@@ -171,13 +180,6 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 class TestSkeleton:
     """What the sweep would compute wrongly is refused when the model is built or first called."""
 
-    def test_gpt2_stores_its_projections_turned(self, tmp_path: Path) -> None:
-        """Conv1D is no nn.Linear: nothing of it may be extracted, least of all transposed."""
-        config = AutoConfig.for_model("gpt2", vocab_size=96, n_embd=32, n_layer=2, n_head=4)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-        with pytest.raises(IncompatibleError, match="gpt2"):
-            open_model(str(tmp_path), {}, "teacher")
-
     def test_parameters_are_on_meta_and_buffers_are_not(self, tmp_path: Path) -> None:
         skeleton = build_skeleton(tiny.build("llama", tmp_path, tied=True), F32)
         assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
@@ -208,20 +210,32 @@ class TestSkeleton:
         skeleton = build_skeleton(tiny.build("llama", tmp_path), F32)
         stack = skeleton.model.get_submodule("model.layers")
         assert isinstance(stack, nn.ModuleList)
-        stack[2] = nn.Identity()
+
+        class Passing(nn.Module):
+            def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+                return hidden
+
+        stack[2] = Passing()
         with pytest.raises(IncompatibleError, match="does not call"):
             skeleton.prefix(torch.zeros(3, 48), {"model.norm.weight": torch.ones(48)})
 
-    def test_a_family_whose_layers_lie_in_two_lists(self, tmp_path: Path) -> None:
-        """Encoders and decoders side by side."""
-        config = AutoConfig.for_model(
-            "bart", vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2,
-            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
-            decoder_ffn_dim=40, architectures=["BartForCausalLM"],
-        )  # fmt: skip
-        config.save_pretrained(tmp_path)
-        with pytest.raises(IncompatibleError):
-            build_skeleton(tmp_path, F32)
+    def test_a_family_whose_layers_lie_in_two_lists(self) -> None:
+        """Encoder and decoder side by side; lists within a layer do not count."""
+
+        def stack(inner: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.ModuleDict({"parts": nn.ModuleList(nn.Linear(2, 2) for _ in range(inner))})
+                for _ in range(3)
+            )
+
+        model = nn.ModuleDict({"decoder": stack(3)})
+        path, found = _layer_stack(model, "toy", 3)
+        assert (path, found) == ("decoder", model["decoder"])
+        model["encoder"] = stack(2)
+        with pytest.raises(IncompatibleError, match=r"'toy'.*3 decoder layers in one.*found 2"):
+            _layer_stack(model, "toy", 3)
+        with pytest.raises(IncompatibleError, match="found 0"):
+            _layer_stack(model, "toy", 7)
 
     def test_code_of_the_checkpoint_is_not_run(self, tmp_path: Path) -> None:
         folder = tiny.build("llama", tmp_path / "m")

@@ -5,7 +5,6 @@ Teacher: karpathy's stories260K (llama2.c, MIT); student: three layers trained o
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from collections.abc import Iterator
 from importlib import resources
@@ -47,26 +46,12 @@ def demo(session: Session, output_dir: Path, as_json: bool, quiet: bool) -> None
     if not quiet:
         click.echo(f"$ {command}", err=True)
     task = prepare(say=not quiet, rank=RANK, **pair)
-    with one_thread():
-        made = perform(session, task, output_dir / "out", say=not quiet)
+    made = perform(session, task, output_dir / "out", say=not quiet)
     click.echo(result_json(made) if as_json else _text(made, command))
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices this small are faster on one thread, and by far on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class BuiltInPair(NamedTuple):
-    """Where the models and their seeds lie."""
+    """Where the pair and its seeds lie."""
 
     teacher: Path
     student: Path

@@ -1,0 +1,128 @@
+"""SEEKING: a LoRA start for a small student from a large teacher's most sensitive parameters.
+
+Zhong et al., "Seeking Neural Nuggets: Knowledge Transfer in Large Language Models from a
+Parametric Perspective", ICLR 2024, https://arxiv.org/abs/2310.11451, sections 3.1 and 3.2.
+
+=================  ======================================================
+paper              here
+=================  ======================================================
+sensitivity        `LayerScores`, summed over seeds, one layer at a time
+layer selection    `pick_layers`: the student's number of teacher layers
+sub-matrix         `choose` and `cut_window`: the window of largest sum
+W = UΣVᵀ → B, A    `factorize`
+=================  ======================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_adapter
+from pkt.card import model_card
+from pkt.host import PeakMeter
+from pkt.methods.seeking.record import Costs, as_json, manifest, run_record
+from pkt.methods.seeking.steps import Notify, Start, extract_start, score
+from pkt.methods.seeking.task import DTYPES, Config, Task
+from pkt.output import MANIFEST, publish, run_folder
+from pkt.records import Extraction, Factors
+from pkt.report import write_report
+from pkt.selection import pick_layers
+from pkt.stream import CheckpointSource
+from pkt.sweep import build_skeleton
+
+__all__ = ["Config", "Task", "run"]
+
+SMALL_LAYER = 1 << 20  # parameters; products this small lose more to threads than they gain
+
+
+def run(
+    task: Task,
+    folder: Path,
+    *,
+    io: str,
+    device: str = "cpu",
+    overwrite: bool = False,
+    notify: Notify = lambda phase, done, total: None,
+) -> Extraction:
+    """Extract a LoRA start; the same call continues a run that was interrupted.
+
+    Args:
+        task: opened inputs and options.
+        folder: OUT.
+        io: mmap, buffered or direct.
+        device: "cpu" or "cuda".
+        overwrite: replace what an earlier run of pkt left in OUT.
+        notify: told of (phase, steps done, steps in all).
+
+    Raises:
+        PktError: and its subclasses, see `pkt.errors`.
+
+    """
+    config, place = task.config, torch.device(device)
+    dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
+    identity = {**task.identity(), "device": place.type}
+    with peak.running(), _threads(task), run_folder(folder, identity, overwrite) as work:
+        with costs.phase("skeleton"):
+            skeleton = build_skeleton(task.teacher.folder, dtype, place)
+            student = build_skeleton(task.student.folder, torch.float32)
+        source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
+        try:
+            # 1. Sensitivity of every teacher parameter, summed over the seeds; the most
+            #    sensitive sub-matrix of every weight, while its scores are in memory.
+            scores = score(task, skeleton, source, work, notify, costs.seconds)
+            # 2. The teacher layers that feed the student's, in order.
+            layers = pick_layers(scores.layers, task.student.layers, config.layers, config.seed)
+            # 3. The chosen sub-matrices, read again; 4. their leading factors.
+            with costs.phase("factors"):
+                start = extract_start(task, skeleton, student, source, scores, layers, work, notify)
+        finally:
+            source.close()
+        found = manifest(task, scores, layers, start.windows)
+        staged = work / "result"
+        staged.mkdir(exist_ok=True)
+        with costs.phase("write"):
+            _write_adapter(task, start, student.embedding.removesuffix(".weight"), staged)
+        with costs.phase("report"):
+            spectra = {name: f.singular_values for name, f in start.factors.items()}
+            energy = {name: _kept(f) for name, f in start.factors.items()}
+            write_report(staged / "report", found, start.heats, spectra, energy)
+        record = run_record(task, source, costs, peak)
+        texts = {
+            "README.md": model_card(found, task.base_model),
+            "pkt_run.json": as_json(record),
+            MANIFEST: as_json(found),
+        }
+        publish(folder, staged, texts)
+    return Extraction(folder, found, record)
+
+
+def _write_adapter(task: Task, start: Start, embedding: str, staged: Path) -> None:
+    every_layer = task.config.targets is None
+    config = adapter_config(start.factors, task.config.rank, task.base_model, every_layer)
+    named = embedding if embedding in start.factors else None
+    write_adapter(staged, config, adapter_tensors(start.factors, named))
+    check_adapter(staged, task.student.folder)
+
+
+def _kept(factors: Factors) -> float:
+    """‖BA‖_F / ‖W‖_F."""
+    kept = max(factors.norm**2 - factors.residual**2, 0.0) ** 0.5
+    return kept / factors.norm if factors.norm else 0.0
+
+
+@contextmanager
+def _threads(task: Task) -> Iterator[None]:
+    """One torch thread for a tiny teacher, by its size alone: results stay the same anywhere."""
+    layers = task.teacher.checkpoint.layers
+    largest = max(sum(piece.elements for piece in layer.values()) for layer in layers)
+    before = torch.get_num_threads()
+    if largest < SMALL_LAYER:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,87 @@
+"""What a run found and what it cost, as the two JSON files of its folder hold them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from pkt.host import PeakMeter, describe
+from pkt.methods.seeking.steps import Scores
+from pkt.methods.seeking.task import Task
+from pkt.records import Window
+from pkt.stream import CheckpointSource
+
+
+@dataclass
+class Costs:
+    """What the run took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block's seconds under ``name``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def manifest(
+    task: Task, scores: Scores, layers: list[int], windows: Mapping[str, Window]
+) -> dict[str, Any]:
+    """`pkt_manifest.json`: what was asked and what was found, the same for the same input."""
+    return {
+        **task.identity(),
+        "loss": sum(scores.losses) / len(scores.losses),
+        "layer_scores": scores.layers,
+        "layers": layers,
+        "windows": {key: _window(window) for key, window in windows.items()},
+    }
+
+
+def _window(window: Window) -> dict[str, Any]:
+    entry: dict[str, Any] = {"teacher": window.teacher}
+    if window.rows is not None and window.cols is not None:
+        entry |= {"rows": list(window.rows), "cols": list(window.cols)}
+    else:
+        entry["sha256"] = window.mask_sha256
+    return entry | {"score": window.score, "kv_repeat": window.kv_repeat}
+
+
+def run_record(
+    task: Task, source: CheckpointSource, costs: Costs, peak: PeakMeter
+) -> dict[str, Any]:
+    """`pkt_run.json`: what this process did and what it cost."""
+    counts = source.counts()
+    read = counts["bytes"] + counts["bytes_out_of_turn"]
+    seconds = counts.get("read_seconds", 0.0)
+    return {
+        "seconds": {name: round(value, 3) for name, value in costs.seconds.items()},
+        "bytes_read": read,
+        "checkpoint_bytes": task.teacher.checkpoint.bytes,
+        "gigabytes_per_second": round(counts["bytes"] / seconds / 1e9, 3) if seconds else None,
+        "stalls": counts.get("stalls", 0),
+        "stall_seconds": round(counts.get("stall_seconds", 0.0), 3),
+        "peak_anonymous_bytes": peak.peak_bytes,
+        "planned_bytes": task.plan.peak_bytes,
+        "budget_bytes": task.plan.budget_bytes,
+        "io": source.mode,
+        "notices": source.notices,
+        "slots": task.plan.slots,
+        "scores": task.plan.scores,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "host": describe(),
+    }
+
+
+def as_json(value: Any) -> str:
+    """One field a line."""
+    return json.dumps(value, indent=1) + "\n"

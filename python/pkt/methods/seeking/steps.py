@@ -1,0 +1,213 @@
+"""The steps of the method, each wiring a few stages: scores, then windows and their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pkt.cutting import cut_weights, cut_window, stack_parts
+from pkt.factorization import factorize, orthogonal_factors
+from pkt.methods.seeking.task import DTYPES, Config, Task
+from pkt.projections import Pair, physical_rows
+from pkt.records import Factors, Heat, Window
+from pkt.selection import (
+    Cut,
+    Ranking,
+    choose_columns,
+    mask_indices,
+    mask_name,
+    mask_sha256,
+    mix_seed,
+    recorded_heat,
+    recorded_window,
+)
+from pkt.sensitivity import LayerScores, accumulate_columns
+from pkt.stream import PAGE, CheckpointSource
+from pkt.sweep import Skeleton, Spool, Sweep
+
+Notify = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the sweep leaves: losses by seed, a record a layer, column scores of the ends."""
+
+    losses: list[float]
+    records: list[dict[str, Any]]
+    ends: dict[str, list[float]]
+
+    @property
+    def layers(self) -> list[float]:
+        """The score of each teacher layer."""
+        return [float(record["score"]) for record in self.records]
+
+
+@dataclass
+class Start:
+    """The windows that were chosen and the factors made of them, by student module."""
+
+    windows: dict[str, Window] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
+    heats: dict[str, Heat] = field(default_factory=dict)
+
+
+def score(
+    task: Task,
+    skeleton: Skeleton,
+    source: CheckpointSource,
+    work: Path,
+    notify: Notify,
+    seconds: dict[str, float],
+) -> Scores:
+    """Sweep the teacher; windows are ranked while a layer's scores are in memory."""
+    config, checkpoint = task.config, task.teacher.checkpoint
+    whole = task.plan.scores == "layer"
+    spool = Spool(
+        work / "spool",
+        [len(seed.tokens) for seed in task.seeds.seeds],
+        task.teacher.hidden_size,
+        DTYPES[config.dtype],
+    )
+    cuts = [
+        Cut(
+            key=pair.key,
+            module=pair.teacher.module,
+            teacher=pair.teacher_key,
+            shape=(pair.student.out_features, pair.student.in_features),
+            rows=physical_rows(pair.teacher, task.teacher.head_dim, pair.kv_repeat),
+            share=pair.kv_repeat,
+        )
+        for pair in task.pairs
+    ]
+    path = skeleton.layers_path
+    ranking = Ranking(cuts, config.select, config.seed, path, spool.put_bytes)
+
+    def intact(record: Mapping[str, Any]) -> bool:
+        windows = [(cut.key, recorded_window(record, cut.key)) for cut in cuts]
+        return all(
+            window.mask_sha256 in (None, _mask_digest(work, record["layer"], key))
+            for key, window in windows
+        )
+
+    elements = [p.elements for layer in checkpoint.layers for p in layer.values()]
+    largest = max(sum(p.elements for p in layer.values()) for layer in checkpoint.layers)
+    memory = torch.empty(largest if whole else max(elements), device=source.device)
+    observer = LayerScores(memory, ranking.matrix, ranking.layer)
+    row_bytes = task.teacher.embedding.bytes // task.teacher.embedding.shape[0]
+    sweep = Sweep(
+        skeleton=skeleton,
+        checkpoint=checkpoint,
+        seeds=task.seeds.seeds,
+        spool=spool,
+        source=source,
+        device=source.device,
+        whole_layer=whole,
+        chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
+        keep_last=config.embeddings,
+        notify=notify,
+        seconds=seconds,
+        intact=intact,
+    )
+    losses, records = sweep.run(observer)
+    del observer, memory  # the scores' memory makes room for the head
+    source.close()
+    ends = sweep.ends(accumulate_columns) if config.embeddings else {}
+    return Scores(losses, records, ends)
+
+
+def extract_start(
+    task: Task,
+    skeleton: Skeleton,
+    student: Skeleton,
+    source: CheckpointSource,
+    scores: Scores,
+    layers: Sequence[int],
+    work: Path,
+    notify: Notify,
+) -> Start:
+    """Cut the chosen part of every kept weight out of the files, and factorize it."""
+    start = Start()
+    for index, layer in enumerate(layers):
+        record, parts = scores.records[layer], {}
+        for pair in task.pairs:
+            key = f"{student.layers_path}.{index}.{pair.key}"
+            start.windows[key] = recorded_window(record, pair.key)
+            start.heats[key] = recorded_heat(record, pair.key)
+            parts[pair] = _cut(task, source, layer, pair, start.windows[key], work)
+        for module in dict.fromkeys(pair.student.module for pair in task.pairs):
+            mine = {p: w for p, w in parts.items() if p.student.module == module}
+            weight = stack_parts(
+                [(w, physical_rows(p.student, task.student.head_dim, 1)) for p, w in mine.items()]
+            )
+            name = f"{student.layers_path}.{index}.{module}"
+            start.factors[name] = _split(task.config, weight, name)
+        notify("factors", index + 1, len(layers))
+    if task.config.embeddings:
+        _ends(task, skeleton, student, source, scores.ends, start)
+    return start
+
+
+def _ends(
+    task: Task,
+    skeleton: Skeleton,
+    student: Skeleton,
+    source: CheckpointSource,
+    ends: Mapping[str, Sequence[float]],
+    start: Start,
+) -> None:
+    """Embedding and head: every vocabulary row, the best run of channels."""
+    teacher, width = task.teacher, task.student.hidden_size
+    for end, piece, theirs, ours in (
+        ("embedding", teacher.embedding, skeleton.embedding, student.embedding),
+        ("head", teacher.head or teacher.embedding, skeleton.head, student.head),
+    ):
+        name, rows = ours.removesuffix(".weight"), piece.shape[0]
+        sums = np.asarray(ends[end])
+        window = choose_columns(sums, width, rows, theirs.removesuffix(".weight"))
+        weight = source.window(piece, range(rows), window.col_range)
+        turned = weight.T if end == "embedding" else weight  # PEFT stores embeddings so
+        start.windows[name] = window
+        start.factors[name] = _split(task.config, turned, name)
+        start.heats[name] = Heat((sums / rows).astype(np.float32)[None], rows, len(sums))
+
+
+def _split(config: Config, weight: torch.Tensor, name: str) -> Factors:
+    if config.select == "orthogonal":
+        mixed = mix_seed(config.seed, name)
+        return orthogonal_factors(weight, config.rank, config.split, mixed)
+    return factorize(weight, config.rank, config.split)
+
+
+def _cut(
+    task: Task,
+    source: CheckpointSource,
+    layer: int,
+    pair: Pair,
+    window: Window,
+    work: Path,
+) -> torch.Tensor:
+    piece = task.teacher.checkpoint.layers[layer][f"{pair.teacher.module}.weight"]
+    rows = physical_rows(pair.teacher, task.teacher.head_dim, pair.kv_repeat)
+    if window.rows is not None:
+        return cut_window(source.window, piece, window, rows)
+    mask = _mask_path(work, layer, pair.key).read_bytes()
+    shape = (pair.student.out_features, pair.student.in_features)
+
+    def indices(start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(mask_indices(mask, start, stop))
+
+    return cut_weights(source.window, piece, indices, rows, shape)
+
+
+def _mask_path(work: Path, layer: int, key: str) -> Path:
+    return work / "spool" / f"{mask_name(layer, key)}.bits"
+
+
+def _mask_digest(work: Path, layer: int, key: str) -> str:
+    path = _mask_path(work, layer, key)
+    return mask_sha256(path.read_bytes()) if path.is_file() else ""
