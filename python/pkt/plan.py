@@ -153,5 +153,5 @@ def _read_bytes(
     windows *= student.layers if student else 0
     if embeddings and student:
         windows += 2 * student.embedding.elements * item
-        ends += teacher.embedding.bytes + (0 if teacher.head else teacher.embedding.bytes)
+        ends += teacher.embedding.bytes + (teacher.head or teacher.embedding).bytes
     return 2 * layers + ends + windows

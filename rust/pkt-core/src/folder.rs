@@ -134,7 +134,7 @@ fn no_checkpoint(names: &[String]) -> String {
         format!(
             "expected {SINGLE}, found '{pickle}': a pickle can run code when it is loaded, so pkt \
              never does; where you trust it, load the model with transformers and write it with \
-             save_pretrained(folder, safe_serialization=True)"
+             save_pretrained(folder)"
         )
     } else if let Some(gguf) = first(&[".gguf"]) {
         format!(
@@ -228,8 +228,7 @@ mod tests {
                 &format!(
                     "expected model.safetensors, found '{name}': a pickle can run code when it is \
                      loaded, so pkt never does; where you trust it, load the model with \
-                     transformers and write it with save_pretrained(folder, \
-                     safe_serialization=True)"
+                     transformers and write it with save_pretrained(folder)"
                 ),
             );
         }

@@ -3,6 +3,8 @@
 //! Each function converts its arguments, lets go of the interpreter ([`Python::detach`]) and maps
 //! the error once. Memory stays where the caller keeps it: buffers in, nothing copied.
 
+#![allow(clippy::needless_pass_by_value, reason = "Python hands arguments over by value")]
+
 mod buffer;
 mod checkpoint;
 mod error;

@@ -34,7 +34,6 @@ impl Layout {
 
 /// Place extents (file, begin, end, element bytes) in a slot.
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value, reason = "Python hands over lists by value")]
 pub fn layout(extents: Vec<(usize, u64, u64, usize)>) -> Layout {
     let extents: Vec<_> = extents
         .iter()

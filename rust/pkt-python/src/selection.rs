@@ -66,7 +66,6 @@ impl Matrix {
     }
 
     /// Sum where chosen rows and columns cross.
-    #[allow(clippy::needless_pass_by_value, reason = "Python hands over lists by value")]
     fn cross_score(&self, py: Python<'_>, rows: Vec<usize>, columns: Vec<usize>) -> PyResult<f64> {
         self.with(py, |matrix| core::cross_score(matrix, &rows, &columns))
     }
@@ -116,7 +115,6 @@ pub fn best_columns(
 
 /// The k highest layers, ascending.
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value, reason = "Python hands over lists by value")]
 pub fn top_layers(scores: Vec<f64>, k: usize) -> PyResult<Vec<usize>> {
     core::top_layers(&scores, k).map_err(to_python)
 }
