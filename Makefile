@@ -3,6 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # cargo and pytest share the cores as they are, and benches must be alone
 .DEFAULT_GOAL := help
 
 # The first Python that is new enough; `make PYTHON=…` chooses another.
@@ -55,18 +56,29 @@ format: $(VENV)/.core ## write the formatting that `check` asks for
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-.PHONY: bench bench-rust bench-python
-bench: bench-rust bench-python ## every bench; the records that the README cites are in benches/record/
+# Each benches/python/bench_NAME.py is a target bench-NAME; BENCH_ARGS replaces its arguments.
+BENCH := target/bench
+BENCHES := $(patsubst benches/python/bench_%.py,bench-%,$(sort $(wildcard benches/python/bench_*.py)))
+extract_args = --teacher $(BENCH)/teacher --student $(BENCH)/student
+reader_args = $(BENCH)/teacher/model-00001-of-00001.safetensors
+
+.PHONY: bench bench-rust $(BENCHES)
+bench: bench-rust $(BENCHES) ## every bench, one after another; results: benches/record/ and target/criterion/
 
 bench-rust: $(VENV)/.tools
 	cargo bench --package pkt-core $(LOCKED)
-	@echo "bench-rust: criterion's results are in target/criterion/"
 
-bench-python: $(VENV)/.core
-	for script in $(sort $(wildcard benches/python/bench_*.py)); do \
-		echo "== $$script"; $(BIN)/python "$$script"; \
-	done
-	@echo "bench-python: each script names the file it wrote in benches/record/"
+$(BENCHES): bench-%: $(VENV)/.core $(BENCH)/.pair
+	$(BIN)/python benches/python/bench_$*.py $(or $(BENCH_ARGS),$($*_args))
+
+# Random weights on disk: a teacher of 1.5 GB and a student half as wide.
+$(BENCH)/.pair: benches/python/make_checkpoint.py | $(VENV)/.core
+	rm -rf $(BENCH)
+	$(BIN)/python benches/python/make_checkpoint.py $(BENCH)/teacher \
+		--hidden 2048 --ffn 5504 --layers 12 --heads 16 --kv-heads 16
+	$(BIN)/python benches/python/make_checkpoint.py $(BENCH)/student \
+		--hidden 1024 --ffn 2752 --layers 8 --heads 8 --kv-heads 8
+	touch $@
 
 .PHONY: wheel
 wheel: $(VENV)/.tools ## a manylinux2014 abi3 wheel in dist/, its tag and size checked

@@ -71,10 +71,10 @@ class Nursery:
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe
+            pipe.close()  # the end of its input ends the process
         self._process.wait(timeout=60)
-        self._process.stdout.close()
 
     def start(self, *paths: Path, env: Mapping[str, str] | None = None, **options: Any) -> int:
         """Begin ``pkt.extract(*paths, **options)``; `finish` must follow. Returns its process."""

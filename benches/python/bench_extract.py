@@ -21,7 +21,7 @@ import torch
 
 from pkt.api import execute, prepare
 from pkt.host import PeakMeter
-from record import long_seeds, machine, write_record
+from record import long_seeds, machine, make, write_record
 
 CHUNK = 1 << 20
 
@@ -77,8 +77,8 @@ def side(args: argparse.Namespace) -> None:
     }))  # fmt: skip
 
 
-def run_side(name: str, seeds: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", name, "--seeds", seeds]
+def run_side(name: str, inputs: list[str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], *inputs, "--side", name]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
     return result
@@ -86,9 +86,9 @@ def run_side(name: str, seeds: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--seeds", default=None, help="default: long texts of built-in stories")
+    parser.add_argument("--teacher", help="default: 8 layers, 4096 wide, random bf16 (3.8 GB)")
+    parser.add_argument("--student", help="default: 4 layers, 1024 wide")
+    parser.add_argument("--seeds", help="default: long texts of built-in stories")
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--max-ram", default=None)
@@ -100,10 +100,15 @@ def main() -> None:
         side(args)
         return
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        seeds = args.seeds or str(long_seeds(Path(folder) / "seeds.jsonl", args.limit))
-        for name in args.sides.split(","):
-            found[name] = run_side(name, seeds)
+    with tempfile.TemporaryDirectory(dir=args.work) as name:
+        folder = Path(name)
+        small = ["--layers", "4", "--hidden", "1024", "--ffn", "2752", "--heads", "8"]
+        teacher = args.teacher or make(folder / "teacher", "--layers", "8")
+        student = args.student or make(folder / "student", *small, "--kv-heads", "8")
+        seeds = args.seeds or long_seeds(folder / "seeds.jsonl", args.limit)
+        inputs = [f"--teacher={teacher}", f"--student={student}", f"--seeds={seeds}"]
+        for side_name in args.sides.split(","):
+            found[side_name] = run_side(side_name, inputs)
     ours = found["pkt"]
     lines = []
     for name, theirs in found.items():

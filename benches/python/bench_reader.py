@@ -14,13 +14,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pkt import _core
 from pkt.stream import arena
-from record import machine, write_record
+from record import machine, make, write_record
 
 CHUNK = 8 << 20
 SLOT = 512 << 20
@@ -100,7 +101,7 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file")
+    parser.add_argument("file", nargs="?", help="default: 4 GB of random weights, made for it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--run", choices=RUNS)
     parser.add_argument("--cgroup-bytes", type=int)
@@ -108,6 +109,15 @@ def main() -> None:
     if args.run:
         print(RUNS[args.run](args.file))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        if args.file is None:
+            made = make(Path(folder) / "model", "--layers", "8", "--shard-bytes", str(1 << 40))
+            args.file = str(next(made.glob("*.safetensors")))
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Every loader in turn, round after round."""
     size = os.path.getsize(args.file)
     group = None
     if args.cgroup_bytes:

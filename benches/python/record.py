@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -26,6 +28,14 @@ def long_seeds(path: Path, count: int) -> Path:
     texts = [" ".join(stories[at * size : (at + 1) * size]) for at in range(count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     return path
+
+
+def make(folder: Path, *shape: str) -> Path:
+    """A checkpoint of random weights, by `make_checkpoint.py`."""
+    script = Path(__file__).with_name("make_checkpoint.py")
+    command = [sys.executable, str(script), str(folder), *shape]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
 def write_record(name: str, lines: Sequence[str]) -> None:

@@ -36,7 +36,6 @@ the start from the student once, and training begins at exactly the student's fu
 
 ## Use
 
-`pkt train` does all of this, and exports the result as an ordinary LoRA on the untouched student.
 With peft alone:
 
 ```python

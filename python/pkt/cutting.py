@@ -67,17 +67,17 @@ def cut_weights(
 
 
 def stack_parts(
-    parts: Sequence[tuple[torch.Tensor, Sequence[int] | None]],
+    parts: Sequence[tuple[torch.Tensor, Sequence[int] | None]], height: int
 ) -> torch.Tensor:
     """One student matrix from its logical parts.
 
     Args:
         parts: weights and, for a part of a fused module, the row of each in the module.
+        height: rows of the module; those of a part that is not a target stay zero.
 
     """
     if len(parts) == 1 and parts[0][1] is None:
         return parts[0][0]
-    height = 1 + max(max(rows or ()) for _, rows in parts)
     stacked = torch.zeros(height, parts[0][0].shape[1], dtype=parts[0][0].dtype)
     for weight, rows in parts:
         stacked[torch.tensor(rows)] = weight

@@ -75,8 +75,9 @@ def leading_triplets(
     if weight.shape[0] > weight.shape[1]:
         v, sigma, ut = leading_triplets(weight.T, rank)
         return ut.T, sigma, v.T
-    scale = float(weight.abs().max()) or 1.0  # squares of tiny weights would underflow
-    u, sigma, vt = _block_krylov(weight.float() / scale, rank)
+    single = weight.float()
+    scale = float(single.abs().max()) or 1.0  # squares of tiny weights would underflow
+    u, sigma, vt = _block_krylov(single / scale, rank)
     return u, sigma * scale, vt
 
 

@@ -140,12 +140,16 @@ def open_model(name: str, aliases: Mapping[str, str], role: str = "model") -> Mo
     if not isinstance(layers, int) or layers < 1:
         raise CheckpointError(f"{config_path}: num_hidden_layers: expected ≥ 1, found {layers!r}")
     checkpoint = open_checkpoint(folder, layers)
-    for suffix, piece in checkpoint.layers[0].items():
-        if ".experts." in f".{suffix}" or len(piece.shape) > 2:
-            raise _mixture(config, folder, role)
+    if any(".experts." in f".{suffix}." for suffix in checkpoint.layers[0]):
+        raise _mixture(config, folder, role)
+    if not _get(config, "num_attention_heads", "n_head"):
+        raise IncompatibleError(
+            f"{role} {folder}: '{config['model_type']}' names no attention heads; "
+            "expected a transformer decoder"
+        )
     digest = hashlib.sha256(_canonical(config)).hexdigest()
     model = Model(name, source, folder, config, digest, checkpoint)
-    _ = model.embedding, model.heads
+    _ = model.embedding  # refused here rather than later
     return model
 
 

@@ -161,7 +161,12 @@ def test_what_is_no_score_matrix_is_a_value_error(
 
 def test_arrays_of_another_type_or_layout_are_refused() -> None:
     good = np.ones(6, dtype=np.float32)
-    for wrong in (np.ones(6), np.ones(12, dtype=np.float32)[::2], np.ones(6, dtype=np.uint16), [1.0]):
+    for wrong in (
+        np.ones(6),
+        np.ones(12, dtype=np.float32)[::2],
+        np.ones(6, dtype=np.uint16),
+        [1.0],
+    ):
         with pytest.raises((TypeError, ValueError, BufferError)):
             _core.accumulate(wrong, "F32", good, "F32", np.zeros(6, dtype=np.float32))  # type: ignore[arg-type]
     frozen = np.zeros(6, dtype=np.float32)

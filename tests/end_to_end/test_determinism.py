@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors import safe_open
-from test_extract import build_pair, write_seeds
 
 import pkt
+import runs
 from pkt.api import execute, prepare
 from pkt.records import Extraction
+from test_extract import build_pair, write_seeds
 
 torch.set_num_threads(1)
 RANK = 4
@@ -145,7 +145,10 @@ def test_another_process_gives_the_same_bytes(case: Case, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("quick")
 def test_shards_change_the_hash_of_the_teacher_alone(case: Case) -> None:
-    one, several = case.extract(embeddings=True), case.extract(teacher=case.sharded, embeddings=True)
+    one, several = (
+        case.extract(embeddings=True),
+        case.extract(teacher=case.sharded, embeddings=True),
+    )
     ours, theirs = runs.contents(one.folder), runs.contents(several.folder)
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
     assert ours["adapter_config.json"] == theirs["adapter_config.json"]

@@ -1,4 +1,4 @@
-"""Law 1 for pairs that differ: grouped queries, fused and plain modules, families, shapes, ranks."""
+"""Law 1 for pairs that differ: grouped queries, fused modules, families, shapes, ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pkt
 import reference
 import runs
+import tiny
 from pkt.errors import IncompatibleError, UsageError
 from test_extract import RANK, build_pair, compare, run_both, write_seeds
 
@@ -122,7 +122,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_families_that_nothing_here_was_written_for(family: str, tmp_path: Path) -> None:
-    shapes = ({"hidden_size": 64, "num_hidden_layers": 3}, {"hidden_size": 32, "num_hidden_layers": 2})
+    shapes = (
+        {"hidden_size": 64, "num_hidden_layers": 3},
+        {"hidden_size": 32, "num_hidden_layers": 2},
+    )
     teacher, student = (
         store(
             tmp_path / f"{index}", family, index, num_attention_heads=4,

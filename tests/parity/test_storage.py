@@ -1,4 +1,4 @@
-"""Law 1 again for every way a checkpoint may be stored: shards, element types, names, tied heads."""
+"""Law 1 for every way to store a checkpoint: shards, element types, names, tied heads."""
 
 from __future__ import annotations
 
@@ -90,6 +90,21 @@ def test_other_element_types_in_float32_equal_full_autograd(
     wide = {} if dtype == torch.float64 else {"dtype": "float32"}  # float64: auto is float32
     made, wanted, _ = run_both(tmp_path, teacher, student, **wide)
     assert made.manifest["options"]["dtype"] == "F32"
+    compare(made, wanted)
+
+
+@pytest.mark.parametrize("select", ["window", "top-weights"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_without_scales_equals_full_autograd(
+    dtype: torch.dtype, select: str, tmp_path: Path
+) -> None:
+    teacher, student = build_pair(tmp_path, "phi3", "phi3")
+
+    def narrow(tensors: Tensors) -> Tensors:
+        return {n: t.to(dtype) if t.ndim == 2 else t for n, t in tensors.items()}
+
+    rewrite(teacher, narrow)
+    made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32", select=select)
     compare(made, wanted)
 
 

@@ -161,9 +161,7 @@ def test_repeated_heads_tie_and_the_first_copy_wins() -> None:
         matrix = _core.Matrix(stored.reshape(-1), 10, rows, repeat)
         logical = stored[rows].astype(np.float64) / repeat
         row, column, score = matrix.best_window(2, 3)
-        sums = [
-            logical[r : r + 2, c : c + 3].sum() for r in range(len(rows) - 1) for c in range(8)
-        ]
+        sums = [logical[r : r + 2, c : c + 3].sum() for r in range(len(rows) - 1) for c in range(8)]
         assert score == pytest.approx(max(sums), rel=1e-6)
         assert logical[row : row + 2, column : column + 3].sum() == pytest.approx(max(sums))
         same = [r for r in range(row + 1) if set(rows[r : r + 2]) == set(rows[row : row + 2])]

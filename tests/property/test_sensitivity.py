@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
-import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_extract import RANK, build_pair, compare, write_seeds
 
 import pkt
+import reference
+import runs
 from pkt.sensitivity import LayerScores, accumulate, accumulate_columns, score_sum
+from test_extract import RANK, build_pair, compare, write_seeds
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from pkt.checkpoint import Checkpoint, Piece, find_outer, first_of, open_checkpoint
 from pkt.errors import CheckpointError, IncompatibleError
 from pkt.models import open_model
@@ -65,7 +65,11 @@ def test_layers_and_the_rest_are_told_apart(whole: Path) -> None:
     stored = load_file(whole / "model.safetensors")
     assert found.layer_path == "model.layers"
     assert len(found.layers) == 4
-    assert sorted(found.outer) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    assert sorted(found.outer) == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
     assert found.bytes == sum(t.nbytes for t in stored.values())
     assert found.layer_bytes == max(sum(p.bytes for p in layer.values()) for layer in found.layers)
     raw = (whole / "model.safetensors").read_bytes()
@@ -101,7 +105,9 @@ def test_shards_hold_the_same_tensors(whole: Path, tmp_path: Path) -> None:
 
 
 def test_the_number_of_layers_must_be_that_of_the_configuration(whole: Path) -> None:
-    with pytest.raises(IncompatibleError, match=r"one run of 5 decoder layers.*model\.layers\.\* × 4"):
+    with pytest.raises(
+        IncompatibleError, match=r"one run of 5 decoder layers.*model\.layers\.\* × 4"
+    ):
         open_checkpoint(whole, 5)
 
 
@@ -122,7 +128,9 @@ def test_pickle_is_refused_with_the_way_out(ending: str, whole: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "num_hidden_layers": 2})
+    )
     assert "model.safetensors" in refused(tmp_path)
 
 

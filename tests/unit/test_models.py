@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tiny
 from pkt.errors import CheckpointError, IncompatibleError, PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
 from pkt.sweep import build_skeleton
@@ -78,7 +78,7 @@ def test_names_are_folders_then_aliases(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["./gone", "/no/such/folder", "a/b/c", "~nobody/x"])
 def test_no_such_folder(name: str) -> None:
-    with pytest.raises(UsageError, match="teacher .*no such folder") as caught:
+    with pytest.raises(UsageError, match=r"teacher .*no such folder") as caught:
         open_model(name, {}, "teacher")
     assert caught.value.exit_code == 2
 
@@ -131,7 +131,9 @@ def test_a_state_space_model_is_no_mixture_of_experts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
 def test_quantized_weights_are_refused_by_method(method: str, tmp_path: Path) -> None:
-    folder = with_config(tiny.build("llama", tmp_path), quantization_config={"quant_method": method})
+    folder = with_config(
+        tiny.build("llama", tmp_path), quantization_config={"quant_method": method}
+    )
     assert f"quantized ({method})" in refused(folder)
 
 

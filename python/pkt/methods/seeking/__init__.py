@@ -15,6 +15,7 @@ W = UΣVᵀ → B, A    `factorize`
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_ad
 from pkt.card import model_card
 from pkt.host import PeakMeter
 from pkt.methods.seeking.record import Costs, as_json, manifest, run_record
-from pkt.methods.seeking.steps import Notify, Start, extract_start, score
+from pkt.methods.seeking.steps import Notify, Start, extract_start, require_linear, score
 from pkt.methods.seeking.task import DTYPES, Config, Task
 from pkt.output import MANIFEST, publish, run_folder
 from pkt.records import Extraction, Factors
@@ -69,6 +70,7 @@ def run(
         with costs.phase("skeleton"):
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
             student = build_skeleton(task.student.folder, torch.float32)
+            require_linear(task, skeleton, student)
         source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
         try:
             # 1. Sensitivity of every teacher parameter, summed over the seeds; the most
@@ -83,7 +85,8 @@ def run(
             source.close()
         found = manifest(task, scores, layers, start.windows)
         staged = work / "result"
-        staged.mkdir(exist_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)  # a kill may have left half a file there
+        staged.mkdir()
         with costs.phase("write"):
             _write_adapter(task, start, student.embedding.removesuffix(".weight"), staged)
         with costs.phase("report"):

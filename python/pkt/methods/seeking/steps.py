@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pkt.cutting import cut_weights, cut_window, stack_parts
+from pkt.errors import IncompatibleError
 from pkt.factorization import factorize, orthogonal_factors
 from pkt.methods.seeking.task import DTYPES, Config, Task
 from pkt.projections import Pair, physical_rows
@@ -54,6 +55,23 @@ class Start:
     windows: dict[str, Window] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
     heats: dict[str, Heat] = field(default_factory=dict)
+
+
+def require_linear(task: Task, teacher: Skeleton, student: Skeleton) -> None:
+    """Refuse models that keep a wanted projection in anything but an nn.Linear.
+
+    Raises:
+        IncompatibleError: names family and module; nothing has been read yet.
+
+    """
+    wanted = [(teacher, pair.teacher.module) for pair in task.pairs]
+    wanted += [(student, pair.student.module) for pair in task.pairs]
+    for skeleton, module in wanted:
+        if module not in skeleton.linears(0):
+            raise IncompatibleError(
+                f"model family '{skeleton.family}': its {module} is no nn.Linear",
+                "pkt cuts windows from linear layers stored as (out, in)",
+            )
 
 
 def score(
@@ -140,10 +158,13 @@ def extract_start(
             start.heats[key] = recorded_heat(record, pair.key)
             parts[pair] = _cut(task, source, layer, pair, start.windows[key], work)
         for module in dict.fromkeys(pair.student.module for pair in task.pairs):
-            mine = {p: w for p, w in parts.items() if p.student.module == module}
-            weight = stack_parts(
-                [(w, physical_rows(p.student, task.student.head_dim, 1)) for p, w in mine.items()]
-            )
+            placed = [
+                (weight, physical_rows(pair.student, task.student.head_dim, 1))
+                for pair, weight in parts.items()
+                if pair.student.module == module
+            ]
+            height = task.student.checkpoint.layers[index][f"{module}.weight"].shape[0]
+            weight = stack_parts(placed, height)
             name = f"{student.layers_path}.{index}.{module}"
             start.factors[name] = _split(task.config, weight, name)
         notify("factors", index + 1, len(layers))

@@ -1,0 +1,166 @@
+"""The plan counts what a run holds: part by part, and how each number follows the request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pkt
+import runs
+from pkt.errors import UsageError
+from pkt.models import Model, open_model
+from pkt.plan import make_plan
+from pkt.projections import match
+from pkt.records import Plan
+from test_extract import build_pair, write_seeds
+
+GIB = 1 << 30
+
+
+def sparse(
+    folder: Path, layers: int, hidden: int, mlp: int, heads: int, dtype: str = "BF16"
+) -> Model:
+    """A model of real size whose file has a header, a length and no data on the disk."""
+    shapes = {"model.embed_tokens": (32000, hidden), "lm_head": (32000, hidden)}
+    for i in range(layers):
+        for name in "qkvo":
+            shapes[f"model.layers.{i}.self_attn.{name}_proj"] = (hidden, hidden)
+        for name in ("gate", "up"):
+            shapes[f"model.layers.{i}.mlp.{name}_proj"] = (mlp, hidden)
+        shapes[f"model.layers.{i}.mlp.down_proj"] = (hidden, mlp)
+    header, end = {}, 0
+    for name, (rows, columns) in shapes.items():
+        start, end = end, end + rows * columns * 2
+        header[f"{name}.weight"] = {
+            "dtype": dtype, "shape": [rows, columns], "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    config = {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    return open_model(str(folder), {})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
+    folder = tmp_path_factory.mktemp("plan")
+    return sparse(folder / "t", 3, 4096, 11008, 32), sparse(folder / "s", 2, 2048, 5504, 16)
+
+
+def planned(pair: tuple[Model, Model], budget: int = 64 * GIB, **options: Any) -> Plan:
+    settings: dict[str, Any] = {"dtype": "BF16", "rank": 16, "tokens": 3200, "longest": 100}
+    pairs, _, problems = match(*pair, None, embeddings=False)
+    assert not problems
+    return make_plan(*pair, pairs, budget=(budget, "--max-ram"), **{**settings, **options})
+
+
+def part(plan: Plan, name: str) -> int:
+    return sum(p.bytes for p in plan.parts if p.name == name)
+
+
+def test_parts_sum_to_the_peak(pair: tuple[Model, Model]) -> None:
+    plan = planned(pair)
+    assert plan.peak_bytes == sum(p.bytes for p in plan.parts)
+    assert plan.fits
+    layer = sum(p.bytes for p in pair[0].checkpoint.layers[0].values())
+    elements = sum(p.elements for p in pair[0].checkpoint.layers[0].values())
+    assert part(plan, "layer slots") == pytest.approx(2 * layer, rel=0.02)
+    assert part(plan, "scores, float32") == 4 * elements
+
+
+def test_less_memory_means_one_slot_then_one_matrix(pair: tuple[Model, Model]) -> None:
+    """The faster settings first; the smallest is where nothing is left to give up."""
+    large = planned(pair)
+    found = []
+    budget = large.peak_bytes
+    while True:
+        plan = planned(pair, budget)
+        if not plan.fits:
+            break
+        found.append((plan.slots, plan.scores))
+        budget = plan.peak_bytes - 1
+    assert found[0] == (2, "layer")
+    assert (1, "layer") in found
+    assert found[-1] == (1, "matrix")
+    assert plan.smallest_bytes >= budget
+    assert plan.smallest_bytes - budget <= (1 << 20) + 1
+    assert planned(pair, plan.smallest_bytes).fits
+    assert not planned(pair, plan.smallest_bytes - (1 << 20)).fits
+
+
+def test_a_matrix_at_a_time_needs_disk(pair: tuple[Model, Model]) -> None:
+    large = planned(pair)
+    small = planned(pair, large.smallest_bytes)
+    assert small.scores == "matrix"
+    assert small.spool_bytes > large.spool_bytes
+    depth, width, tokens = pair[0].layers, pair[0].hidden_size, 3200
+    assert large.spool_bytes >= (depth + 1) * tokens * width * 2
+
+
+def test_what_grows_and_what_does_not(pair: tuple[Model, Model]) -> None:
+    base = planned(pair)
+    assert planned(pair, tokens=6400).peak_bytes == base.peak_bytes, "more seeds"
+    assert planned(pair, tokens=6400).spool_bytes > base.spool_bytes
+    assert planned(pair, longest=2000).peak_bytes > base.peak_bytes
+    assert planned(pair, rank=32).adapter_bytes > base.adapter_bytes
+    assert planned(pair, masks=True).spool_bytes > base.spool_bytes
+    assert planned(pair, dtype="F32").peak_bytes > base.peak_bytes
+
+
+def test_depth_costs_disk_and_reading_but_no_memory(tmp_path: Path) -> None:
+    """Law 4 on paper: 8 and 32 layers of one width hold the same."""
+    small = sparse(tmp_path / "s", 2, 1024, 2048, 8)
+    plans = [
+        planned((sparse(tmp_path / f"{layers}", layers, 2048, 5504, 16), small))
+        for layers in (8, 32)
+    ]
+    assert plans[0].peak_bytes == plans[1].peak_bytes
+    assert plans[0].smallest_bytes == plans[1].smallest_bytes
+    assert plans[0].spool_bytes < plans[1].spool_bytes
+    assert plans[0].read_bytes < plans[1].read_bytes
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_read_and_adapter_bytes_are_those_of_the_run(embeddings: bool, tmp_path: Path) -> None:
+    teacher, student = build_pair(tmp_path, "llama", "llama", tied=False)
+    seeds = write_seeds(tmp_path / "seeds.jsonl")
+    task = pkt.api.prepare(str(teacher), str(student), seeds, rank=4, embeddings=embeddings)
+    with runs.pictureless():
+        made = pkt.api.execute(task, tmp_path / "out", io="mmap")
+    norm = 48 * 4
+    assert task.plan.read_bytes == pytest.approx(made.run["bytes_read"], abs=4 * norm)
+    size = (made.folder / "adapter_model.safetensors").stat().st_size
+    assert task.plan.adapter_bytes == pytest.approx(size, abs=20_000)  # names in the header
+
+
+def test_the_work_folder_stays_within_the_plan(tmp_path: Path) -> None:
+    teacher, student = build_pair(tmp_path, "llama", "llama")
+    seeds = write_seeds(tmp_path / "seeds.jsonl", count=40)
+    task = pkt.api.prepare(str(teacher), str(student), seeds, rank=4, limit=0)
+    out, sizes = tmp_path / "out", []
+
+    def notify(phase: str, done: int, total: int) -> None:
+        files = [path for path in (out / ".work" / "spool").iterdir() if path.suffix == ".bin"]
+        sizes.append(sum(path.stat().st_size for path in files))
+
+    with runs.pictureless():
+        pkt.api.execute(task, out, notify=notify)
+    assert 0.5 * task.plan.spool_bytes < max(sizes) <= task.plan.spool_bytes
+
+
+def test_inspect_plans_without_a_student_and_names_what_is_wrong(tmp_path: Path) -> None:
+    teacher, student = build_pair(tmp_path, "llama", "llama", small={"layers": 5})
+    alone = pkt.inspect(str(teacher), max_ram="8GiB")
+    assert alone.student is None
+    assert alone.plan is not None
+    assert alone.plan.budget_bytes == 8 * GIB
+    both = pkt.inspect(str(teacher), str(student))
+    assert "the student must not be deeper" in both.problems[0]
+    with pytest.raises(UsageError, match="--dtype float64: expected auto"):
+        pkt.inspect(str(teacher), dtype="float64")
