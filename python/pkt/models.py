@@ -74,7 +74,10 @@ class Model:
         if name is None:
             name = first_of(self.checkpoint.outer, HEADS)
         if name is None:
-            raise IncompatibleError(f"{self.folder}: no input embedding among its tensors")
+            raise IncompatibleError(
+                f"{self.folder}: '{self.family}' has no input embedding that pkt knows",
+                "known names: embed_tokens, embed_in, wte, word_embeddings",
+            )
         return self.checkpoint.outer[name]
 
     @property
@@ -145,7 +148,8 @@ def open_model(name: str, aliases: Mapping[str, str], role: str = "model") -> Mo
     if not _get(config, "num_attention_heads", "n_head"):
         raise IncompatibleError(
             f"{role} {folder}: '{config['model_type']}' names no attention heads; "
-            "expected a transformer decoder"
+            "expected a transformer decoder",
+            "pkt works on …ForCausalLM models",
         )
     digest = hashlib.sha256(_canonical(config)).hexdigest()
     model = Model(name, source, folder, config, digest, checkpoint)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.errors import PktError
+from pkt.host import release_free_memory
 from pkt.records import Seed
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
@@ -122,6 +123,7 @@ class Sweep:
         with self._phase("forward"):
             for done, index in enumerate(forward):
                 self._forward(index, next(weights))
+                release_free_memory()
                 self.notify("forward", done + 1, len(forward))
         if not head_done:
             with self._phase("head"):
@@ -129,6 +131,7 @@ class Sweep:
         with self._phase("backward"):
             for done, index in enumerate(backward):
                 records.insert(0, self._backward(index, next(weights), observer))
+                release_free_memory()
                 self.notify("backward", depth - first_done + done + 1, depth)
         return list(self.spool.get("losses") or []), records
 

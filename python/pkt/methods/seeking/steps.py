@@ -13,6 +13,7 @@ import torch
 from pkt.cutting import cut_weights, cut_window, stack_parts
 from pkt.errors import IncompatibleError
 from pkt.factorization import factorize, orthogonal_factors
+from pkt.host import release_free_memory
 from pkt.methods.seeking.task import DTYPES, Config, Task
 from pkt.projections import Pair, physical_rows
 from pkt.records import Factors, Heat, Window
@@ -167,6 +168,7 @@ def extract_start(
             weight = stack_parts(placed, height)
             name = f"{student.layers_path}.{index}.{module}"
             start.factors[name] = _split(task.config, weight, name)
+            release_free_memory()
         notify("factors", index + 1, len(layers))
     if task.config.embeddings:
         _ends(task, skeleton, student, source, scores.ends, start)
