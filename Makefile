@@ -56,11 +56,9 @@ format: $(VENV)/.core ## write the formatting that `check` asks for
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-# Each benches/python/bench_NAME.py is a target bench-NAME; BENCH_ARGS replaces its arguments.
-BENCH := target/bench
+# Each benches/python/bench_NAME.py is a target bench-NAME; BENCH_ARGS are its arguments. They make
+# their own models, up to 6 GB in $TMPDIR, and bench-reader drops the page cache: run it as root.
 BENCHES := $(patsubst benches/python/bench_%.py,bench-%,$(sort $(wildcard benches/python/bench_*.py)))
-extract_args = --teacher $(BENCH)/teacher --student $(BENCH)/student
-reader_args = $(BENCH)/teacher/model-00001-of-00001.safetensors
 
 .PHONY: bench bench-rust $(BENCHES)
 bench: bench-rust $(BENCHES) ## every bench, one after another; results: benches/record/ and target/criterion/
@@ -68,17 +66,8 @@ bench: bench-rust $(BENCHES) ## every bench, one after another; results: benches
 bench-rust: $(VENV)/.tools
 	cargo bench --package pkt-core $(LOCKED)
 
-$(BENCHES): bench-%: $(VENV)/.core $(BENCH)/.pair
-	$(BIN)/python benches/python/bench_$*.py $(or $(BENCH_ARGS),$($*_args))
-
-# Random weights on disk: a teacher of 1.5 GB and a student half as wide.
-$(BENCH)/.pair: benches/python/make_checkpoint.py | $(VENV)/.core
-	rm -rf $(BENCH)
-	$(BIN)/python benches/python/make_checkpoint.py $(BENCH)/teacher \
-		--hidden 2048 --ffn 5504 --layers 12 --heads 16 --kv-heads 16
-	$(BIN)/python benches/python/make_checkpoint.py $(BENCH)/student \
-		--hidden 1024 --ffn 2752 --layers 8 --heads 8 --kv-heads 8
-	touch $@
+$(BENCHES): bench-%: $(VENV)/.core
+	$(BIN)/python benches/python/bench_$*.py $(BENCH_ARGS)
 
 .PHONY: wheel
 wheel: $(VENV)/.tools ## a manylinux2014 abi3 wheel in dist/, its tag and size checked

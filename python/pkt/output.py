@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pkt.errors import OutputError
+from pkt.errors import IncompatibleError, OutputError
 
 WORK = ".work"
 MANIFEST = "pkt_manifest.json"
@@ -30,13 +30,21 @@ _OURS = (
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest in ``folder`` if it is of this very run, else ``None``."""
+    absent = any(not (folder / name).exists() for name in _OURS if name != WORK)
+    if absent or (folder / WORK).exists():
+        return None
+    return _manifest_of(folder, identity)
+
+
+def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(manifest, dict) or (folder / WORK).exists():
-        return None
-    return manifest if {key: manifest.get(key) for key in identity} == dict(identity) else None
+    same = isinstance(manifest, dict) and all(
+        manifest.get(key) == value for key, value in identity.items() if key != "device"
+    )
+    return manifest if same else None
 
 
 @contextlib.contextmanager
@@ -58,9 +66,10 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
     except OSError as error:
         raise OutputError(f"{folder}: cannot be the output folder: {error.strerror}") from error
     work = folder / WORK
-    if not work.is_dir() and found:
+    found = [name for name in found if name != WORK]
+    if found and not (work / "run.json").is_file():
         foreign = [name for name in found if name not in _OURS]
-        if not overwrite or foreign:
+        if foreign or not (overwrite or _manifest_of(folder, identity)):
             extra = " (--overwrite removes only what pkt wrote)" if overwrite else ""
             raise OutputError(
                 f"{folder}: expected an empty folder or this run's own, found "
@@ -72,7 +81,14 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
         with _locked(work):
             _claim(folder, work, identity, overwrite)
             yield work
+    except IncompatibleError:  # a family that cannot be swept: nothing here is worth keeping
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     except OSError as error:
+        if error.filename and not str(error.filename).startswith(str(folder)):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"{folder}: the disk is full; what is finished is kept in {work}",

@@ -61,8 +61,7 @@ def make_plan(
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
     logits = LOGIT_ELEMENTS * (2 * item + 8)
     per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
-    attention = min(longest, 512) * longest * teacher.heads * item
-    activations = 2 * longest * per_token * item + 2 * attention
+    activations = 2 * longest * per_token * item + _attention_bytes(teacher, longest, item)
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
     window = max((_window_bytes(p) for p in pairs), default=0)
     if embeddings and student:
@@ -114,6 +113,17 @@ def make_plan(
         spool_bytes=spool,
         adapter_bytes=adapter,
     )
+
+
+def _attention_bytes(teacher: Model, longest: int, item: int) -> int:
+    """What attention keeps of one seed beyond q, k and v.
+
+    Fused attention keeps a few rows of probabilities at a time. A model that caps them (Gemma 2)
+    runs transformers' eager code, which keeps whole matrices: logits, capped, softmax in float32.
+    """
+    if teacher.config.get("attn_logit_softcapping") and teacher.family == "gemma2":
+        return longest * longest * teacher.heads * (4 * item + 8)
+    return 2 * min(longest, 512) * longest * teacher.heads * item
 
 
 def _native(layer: object, dtype: str) -> bool:

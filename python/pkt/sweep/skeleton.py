@@ -42,6 +42,8 @@ class Tape:
             raise self.refusal("does not call its decoder layers once each, in order")
         if index == 0:
             self.first = hidden
+        elif self._expected is not None and hidden.shape == self._expected.shape[1:]:
+            raise self.refusal("takes tuples from its decoder layers, not hidden states")
         elif hidden is not self._expected:
             raise self.refusal(f"changes the hidden state between layers {index - 1} and {index}")
         self.calls.append((args, kwargs))
