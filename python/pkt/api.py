@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pkt.config import load_aliases, parse_bytes
 from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
@@ -116,6 +116,13 @@ def prepare(
     """
     if rank < 1:
         raise UsageError(f"--rank: expected 1 or more, found {rank}")
+    for option, value, kind in (
+        ("layers", layers, LayerRule),
+        ("select", select, Select),
+        ("split", split, Split),
+        ("template", template, Template),
+    ):
+        _require_choice(option, value, kind)
     table = load_aliases(None) if aliases is None else aliases
     big = open_model(teacher, table, "teacher")
     small = open_model(student, table, "student")
@@ -208,6 +215,7 @@ def execute(
     if not overwrite and (manifest := finished(folder, task.identity())):
         record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         return Extraction(folder, manifest, record)
+    _require_choice("io", io, IoMode)
     require_fit(task.plan)
     check_device(device)
     mode = choose_io(task.teacher.checkpoint, memory_limit()[0])[0] if io == "auto" else io
@@ -277,6 +285,11 @@ def description(model: Model) -> dict[str, Any]:
         "bytes": model.checkpoint.bytes,
         "shards": len(model.checkpoint.files),
     }
+
+
+def _require_choice(option: str, value: str, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(kind))}")
 
 
 def _vocabulary_problems(teacher: Model, student: Model) -> list[str]:

@@ -1,7 +1,7 @@
 """What can go wrong, each with the exit code its command ends with.
 
 A message is one clear line (what, where, expected, found) and may carry a hint (the remedy).
-The Rust core raises these same classes: they are defined here once.
+The Rust core raises `CheckpointError` from here: each class is defined once.
 """
 
 from __future__ import annotations

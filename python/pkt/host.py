@@ -16,8 +16,8 @@ _UNLIMITED = 1 << 60
 def memory_limit() -> tuple[int, str]:
     """Bytes this process may hold, and where that is written.
 
-    The smallest of what is available (`MemAvailable`) and the limits of the cgroups (v1 and v2)
-    that hold the process, less what their members other than page cache already use.
+    The smallest of what is available (`MemAvailable`) and what the cgroups (v1 and v2) that hold
+    the process still allow: their limit, less the anonymous memory of other members.
     """
     candidates = [(_meminfo("MemAvailable"), "MemAvailable")]
     for line in _read("/proc/self/cgroup").splitlines():
@@ -32,7 +32,8 @@ def memory_limit() -> tuple[int, str]:
         for place in (folder, *folder.parents):
             text = _read(str(place / limit)).strip()
             if text.isdigit() and int(text) < _UNLIMITED:
-                candidates.append((int(text), f"cgroup {limit}"))
+                left = int(text) - max(0, _group_bytes(place) - anonymous_bytes())
+                candidates.append((left, f"cgroup {limit}"))
             if place == root:
                 break
     return min(candidates)
@@ -94,6 +95,15 @@ def describe() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def _group_bytes(folder: Path) -> int:
+    """Anonymous memory of all members of a cgroup."""
+    for line in _read(str(folder / "memory.stat")).splitlines():
+        name, value = line.split()
+        if name in ("anon", "total_rss"):
+            return int(value)
+    return 0
 
 
 def _meminfo(key: str) -> int:

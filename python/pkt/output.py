@@ -30,10 +30,12 @@ _OURS = (
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest in ``folder`` if it is of this very run, else ``None``."""
-    absent = any(not (folder / name).exists() for name in _OURS if name != WORK)
-    if absent or (folder / WORK).exists():
+    if any(not (folder / name).exists() for name in _OURS if name != WORK):
         return None
-    return _manifest_of(folder, identity)
+    manifest = _manifest_of(folder, identity)
+    if manifest is not None and (folder / WORK).is_dir():  # killed while it was cleaning up:
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # the manifest is written last
+    return manifest
 
 
 def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -54,7 +56,8 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
     Args:
         folder: OUT.
         identity: what makes this run this run, JSON-able.
-        overwrite: remove what an earlier run of pkt left there; other files are never touched.
+        overwrite: remove what another run of pkt left there; other files are never touched, and
+            this very run, if unfinished, is continued.
 
     Raises:
         OutputError: OUT holds something else, is another run's, in use, or not writable.
@@ -99,6 +102,10 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
 
 def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:
     """Move staged results into OUT, then texts, the manifest last, and drop the work folder."""
+    for path in sorted(staged.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     for path in sorted(staged.iterdir()):
         target = folder / path.name
         if target.is_dir():
@@ -136,7 +143,7 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
         held = None
     if held is None:
         if overwrite:
-            for name in _OURS:
+            for name in reversed(_OURS):  # the manifest first: without it nothing is finished
                 path = folder / name
                 if name != WORK and path.exists():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -160,7 +167,7 @@ def _locked(work: Path) -> Iterator[None]:
     with (work / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise OutputError(

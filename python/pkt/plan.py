@@ -15,7 +15,7 @@ from pkt.projections import Pair
 from pkt.records import Plan, PlanPart
 
 BASE_BYTES = 512 * MIB  # the interpreter, torch, transformers and peft, measured
-BLOCK_BYTES = 24 * MIB  # a row block of gradients, and what the matrix product copies for it
+BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
 LOGIT_ELEMENTS = 1 << 23  # as in the sweep: logits made at once
 
@@ -54,16 +54,17 @@ def make_plan(
     item = DTYPE_BYTES[dtype]
     layer = max(teacher.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
     matrices = [p for p in layer.values() if len(p.shape) == 2]
-    elements = sum(p.elements for p in layer.values())
+    elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
     slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
     converted = 0 if _native(layer, dtype) else elements * item
     head = teacher.head or teacher.embedding
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
-    logits = LOGIT_ELEMENTS * (2 * item + 8)
+    logits = LOGIT_ELEMENTS * (2 * item + 14)  # in the head's type and in float32, and gradients
     per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
     activations = 2 * longest * per_token * item + _attention_bytes(teacher, longest, item)
+    mask = 2 * longest * longest * (item if _eager(teacher) else 1)  # sliding and full
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
-    window = max((_window_bytes(p) for p in pairs), default=0)
+    window = _window_bytes(pairs)
     if embeddings and student:
         window = max(window, student.embedding.elements * 12)
     base = PlanPart("torch, transformers, peft", BASE_BYTES)
@@ -83,7 +84,7 @@ def make_plan(
             PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
             PlanPart("gradient block", BLOCK_BYTES),
             PlanPart("activations of one seed", activations, f"{longest} tokens"),
-            PlanPart("masks and positions", min(CALLS_BYTES, longest * longest * item)),
+            PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
         ]
         ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
         if embeddings:
@@ -115,13 +116,18 @@ def make_plan(
     )
 
 
+def _eager(teacher: Model) -> bool:
+    """Whether transformers runs its eager attention for this family (it has soft caps)."""
+    return teacher.family == "gemma2"
+
+
 def _attention_bytes(teacher: Model, longest: int, item: int) -> int:
     """What attention keeps of one seed beyond q, k and v.
 
     Fused attention keeps a few rows of probabilities at a time. A model that caps them (Gemma 2)
     runs transformers' eager code, which keeps whole matrices: logits, capped, softmax in float32.
     """
-    if teacher.config.get("attn_logit_softcapping") and teacher.family == "gemma2":
+    if _eager(teacher):
         return longest * longest * teacher.heads * (4 * item + 8)
     return 2 * min(longest, 512) * longest * teacher.heads * item
 
@@ -129,14 +135,17 @@ def _attention_bytes(teacher: Model, longest: int, item: int) -> int:
 def _native(layer: object, dtype: str) -> bool:
     """Whether every large tensor can be used where it was read."""
     assert isinstance(layer, dict)
-    return all(p.dtype == dtype or len(p.shape) < 2 for p in layer.values()) or (
-        dtype == "BF16" and all(p.dtype in ("F16", "BF16") for p in layer.values())
-    )
+    dtypes = {p.dtype for p in layer.values() if len(p.shape) == 2 and p.dtype in DTYPE_BYTES}
+    return dtypes <= ({"F16", "BF16"} if dtype == "BF16" else {dtype})
 
 
-def _window_bytes(pair: Pair) -> int:
-    """A window as stored, in float32 for the iteration, and in float64 for its check."""
-    return pair.student.out_features * pair.student.in_features * 12
+def _window_bytes(pairs: Sequence[Pair]) -> int:
+    """The largest student module: as stored, in float32 to iterate, in float64 to check."""
+    modules: dict[str, int] = {}
+    for pair in pairs:
+        size = pair.student.out_features * pair.student.in_features
+        modules[pair.student.module] = modules.get(pair.student.module, 0) + size
+    return 12 * max(modules.values(), default=0)
 
 
 def _adapter_bytes(

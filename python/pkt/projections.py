@@ -22,6 +22,9 @@ _ROLES = {
 }  # fmt: skip
 
 
+_FUSED = {"c_attn", "Wqkv", "W_pack", "query_key_value", "in_proj", "qkv"}
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One logical student matrix and the teacher matrix that its window is cut from."""
@@ -122,7 +125,7 @@ def match(
             "the student must not be deeper than the teacher"
         )
     for key, projection in ours.items():
-        source = by_role.get(projection.role)
+        source = theirs.get(key) or by_role.get(projection.role)
         shape = (projection.out_features, projection.in_features)
         their_shape = (source.out_features, source.in_features) if source else None
         if key not in wanted:
@@ -162,7 +165,7 @@ def _match_embeddings(
         if theirs.shape[0] != ours.shape[0]:
             problems.append(
                 f"{name}: vocabulary of the teacher {theirs.shape[0]}, of the student "
-                f"{ours.shape[0]}; --embeddings needs the same vocabulary"
+                f"{ours.shape[0]} (padding rows counted); --embeddings needs the same rows"
             )
         elif not fits:
             problems.append(
@@ -208,8 +211,17 @@ def _matrices(layer: Mapping[str, Piece]) -> dict[str, tuple[int, int]]:
     return {
         suffix.removesuffix(".weight"): (piece.shape[0], piece.shape[1])
         for suffix, piece in sorted(layer.items())
-        if suffix.endswith(".weight") and len(piece.shape) == 2
+        if suffix.endswith(".weight") and not suffix.endswith("norm.weight")
+        if len(piece.shape) == 2
     }
+
+
+def _unknown_layout(model: Model, module: str, rows: int) -> IncompatibleError:
+    return IncompatibleError(
+        f"{model.folder}: '{model.family}': {module} fuses several projections in {rows} rows; "
+        "expected a layout that pkt knows",
+        "known: Phi-3's qkv_proj and gate_up_proj, GPT-NeoX's query_key_value",
+    )
 
 
 def _split(module: str, rows: int, columns: int, model: Model) -> list[Projection]:
@@ -225,10 +237,12 @@ def _split(module: str, rows: int, columns: int, model: Model) -> list[Projectio
             Projection(part, module, part, each, columns, index * head, head, 3 * head)
             for index, part in enumerate("qkv")
         ]
+    elif leaf in _FUSED:
+        raise _unknown_layout(model, module, rows)
     else:
         return [Projection(_ROLES.get(leaf, module), module, None, rows, columns)]
     if sum(sizes.values()) != rows:
-        return [Projection(module, module, None, rows, columns)]
+        raise _unknown_layout(model, module, rows)
     parts, start = [], 0
     for part, size in sizes.items():
         parts.append(Projection(part, module, part, size, columns, start))

@@ -63,8 +63,8 @@ class SeedSet:
 class Projection:
     """One logical projection of a decoder layer: a run of rows of one linear module.
 
-    ``rows`` maps logical rows to rows of the stored weight as ``(start, count, stride)`` blocks
-    of ``head`` rows each; a plain module is one block.
+    Logical rows are blocks of ``block`` stored rows, the first at ``start``, each ``stride`` after
+    the one before; a plain module is one block.
     """
 
     role: str  #: q, k, v, o, gate, up, down, or the module's own suffix
@@ -173,7 +173,7 @@ class Inspection:
     teacher: Mapping[str, Any]
     student: Mapping[str, Any] | None
     rows: tuple[MatchRow, ...]
-    plan: Plan | None
+    plan: Plan
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ the layer before it is at work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +81,7 @@ class CheckpointSource:
         self._reader = _core.Reader(files, mode, READ_THREADS)
         self._slots, self._dtype, self.device = slots, dtype, device
         self._stream: WeightStream | None = None
+        self._handed_out: Generator[dict[str, torch.Tensor]] | None = None
         self._counts: dict[str, Any] = {"bytes": 0, "read_seconds": 0.0}
         self.slot_bytes = max(layout(list(p.values())).bytes for p in checkpoint.layers)
 
@@ -96,13 +97,14 @@ class CheckpointSource:
 
     def jobs(
         self, labels: Sequence[tuple[str, dict[str, Piece]]]
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    ) -> Generator[dict[str, torch.Tensor]]:
         """The weights of each job in order, valid until the next is asked for."""
         jobs = [Job(label, pieces) for label, pieces in labels]
         self._stream = WeightStream(
             self._reader, jobs, self._slots, self.slot_bytes, self._dtype, self.device
         )
-        return iter(self._stream)
+        self._handed_out = iter(self._stream)
+        return self._handed_out
 
     def read(self, pieces: dict[str, Piece]) -> dict[str, torch.Tensor]:
         """Some tensors now, in memory of their own."""
@@ -129,7 +131,8 @@ class CheckpointSource:
 
     def close(self) -> None:
         """Stop reading ahead and give the slots' memory back."""
-        if self._stream:
+        if self._stream and self._handed_out:
+            self._handed_out.close()  # on CUDA its thread may be waiting for the stream
             self._counts = self._stream.counts()
             self._stream.close()
             self._stream = None
@@ -164,7 +167,7 @@ class WeightStream:
         self._slots = [arena(slot_bytes, pinned) for _ in range(slots)]
         self._core = _core.Stream(reader, [slot.numpy() for slot in self._slots], self._layouts)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Generator[dict[str, torch.Tensor]]:
         """Yield each job's tensors; they are valid until the next one is asked for."""
         if self._device.type == "cuda":
             yield from self._on_device()
@@ -186,7 +189,7 @@ class WeightStream:
     def _tensors(self, job: int, slot: int) -> dict[str, torch.Tensor]:
         return _views(self._slots[slot], self._layouts[job], self._jobs[job].pieces, self._dtype)
 
-    def _on_device(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _on_device(self) -> Generator[dict[str, torch.Tensor]]:
         """One job ahead: read, then copied by a stream of its own while the last one is used."""
         copies = torch.cuda.Stream(self._device)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reference
 import tiny
@@ -140,4 +140,26 @@ def test_embedding_and_head_equal_full_autograd(family: str, tied: bool, tmp_pat
     """One tensor or two: the absolute value comes after both gradients are added."""
     teacher, student = build_pair(tmp_path, family, family, tied=tied)
     made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32", embeddings=True)
+    compare(made, wanted)
+
+
+def test_buffers_that_the_model_saves_are_loaded(tmp_path: Path, monkeypatch: Any) -> None:
+    """Gemma 4 scales each layer's output by a learned number, which it keeps in a buffer."""
+    config = {
+        "head_dim": 12,
+        "global_head_dim": 12,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": tiny.WINDOW,
+        "pattern": True,
+        "pad_token_id": 0,
+    }
+    monkeypatch.setitem(tiny.FAMILIES, "gemma4", ("gemma4_text", config))
+    teacher, student = build_pair(tmp_path, "gemma4", "gemma4")
+    tensors = load_file(teacher / "model.safetensors")
+    scales = [name for name in tensors if name.endswith("layer_scalar")]
+    assert len(scales) == tiny.SIZES["teacher"][0]
+    for name in scales:
+        tensors[name] = torch.full_like(tensors[name], 0.6)
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32")
     compare(made, wanted)

@@ -115,7 +115,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cohere2": GROUP,  # logits are scaled
     "granite": GROUP,  # so are embeddings, residuals and attention
     "starcoder2": GROUP,
-    "gpt_bigcode": {},  # one key for all heads, in one fused matrix
     "lfm2": GROUP,
 }
 
@@ -135,6 +134,20 @@ def test_families_that_nothing_here_was_written_for(family: str, tmp_path: Path)
     )  # fmt: skip
     made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32")
     compare(made, wanted)
+
+
+def test_fused_layouts_that_are_not_known_are_refused(tmp_path: Path) -> None:
+    """One window over q, k and v together would be no window of any of them."""
+    shapes = (
+        {"hidden_size": 64, "num_hidden_layers": 3},
+        {"hidden_size": 32, "num_hidden_layers": 2},
+    )
+    teacher, student = (
+        store(tmp_path / f"{index}", "gpt_bigcode", index, num_attention_heads=4, **shape)
+        for index, shape in enumerate(shapes)
+    )
+    with pytest.raises(IncompatibleError, match=r"attn\.c_attn fuses several projections"):
+        extract(tmp_path, teacher, student)
 
 
 def test_projections_that_are_no_linear_modules_are_refused(tmp_path: Path) -> None:

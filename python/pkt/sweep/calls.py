@@ -26,14 +26,20 @@ class Calls:
         outer: its parameters outside the layers.
         width: D.
         dtype: of the hidden states.
+        device: where they are.
 
     """
 
     def __init__(
-        self, skeleton: Skeleton, outer: Mapping[str, torch.Tensor], width: int, dtype: torch.dtype
+        self,
+        skeleton: Skeleton,
+        outer: Mapping[str, torch.Tensor],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._skeleton, self._outer, self._width, self._dtype = skeleton, outer, width, dtype
-        self._device = next((t.device for t in outer.values()), torch.device("cpu"))
+        self._device = device
         self._kept: OrderedDict[int, list[Call]] = OrderedDict()
 
     def of(self, length: int, layer: int) -> Call:

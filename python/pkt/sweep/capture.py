@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkt.errors import IncompatibleError
 from pkt.sweep.spool import Scratch, Spool
 
 Sink = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], bool]
@@ -77,6 +78,12 @@ class Captures:
 
     def _catch(self, name: str, gradient: torch.Tensor) -> None:
         x, dy = self._seen[name].flatten(0, -2), gradient.detach().flatten(0, -2)
+        tokens = self._spool.lengths[self._number]
+        if (x.shape[0], dy.shape[0]) != (tokens, tokens):
+            raise IncompatibleError(
+                f"{name}: expected one row a token, {tokens} in all, found {dy.shape[0]}",
+                "the layer-major sweep scores linear layers that see every token once",
+            )
         if self._sink is not None:
             self.finite &= self._sink(name, self._weights[f"{name}.weight"], x, dy)
             return
@@ -91,7 +98,7 @@ class Captures:
         """q, k and v are fed the same tensor: it is written once."""
         for other, (inputs, _) in self._files.items():
             seen = self._seen[other]
-            if (seen.data_ptr(), seen.numel()) == (x.data_ptr(), x.numel()):
+            if (seen.data_ptr(), seen.shape[-1]) == (x.data_ptr(), x.shape[-1]):
                 return inputs
         self._owners.add(name)
         return self._open(f"x-{name}", x)

@@ -84,7 +84,9 @@ class Sweep:
         """Read the small parameters outside the layers: every phase needs them."""
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
-        self.calls = Calls(self.skeleton, self.outer, self.spool.width, self.spool.dtype)
+        self.calls = Calls(
+            self.skeleton, self.outer, self.spool.width, self.spool.dtype, self.device
+        )
 
     def run(self, observer: Observer) -> tuple[list[float], list[dict[str, Any]]]:
         """Both passes, from wherever the spool stands.
@@ -183,6 +185,10 @@ class Sweep:
                 for part in torch.arange(len(ids)).split(GATHER_TOKENS):
                     here = part[(ids[part] >= start) & (ids[part] < stop)]
                     rows[here] = table[ids[here] - start]
+                    if not bool(rows[here].isfinite().all()) and (
+                        damage := self.placement.damage(table, self.placement.embedding, start)
+                    ):
+                        raise damage
                 start = stop
             yield rows
 
@@ -234,7 +240,11 @@ class Sweep:
     def _backward(self, index: int, weights: Weights, observer: Observer) -> dict[str, Any]:
         """Recompute one layer per seed with gradients; hand them to the observer."""
         linears = self.skeleton.linears(index)
-        others = {n: w for n, w in weights.items() if n.removesuffix(".weight") not in linears}
+        others = {
+            name: weights[name]
+            for name, _ in self.skeleton.layers[index].named_parameters()
+            if name.removesuffix(".weight") not in linears
+        }
         captures = Captures(linears, self.spool, observer.linear if self.whole_layer else None)
         live = {**weights, **{n: w.detach().requires_grad_() for n, w in others.items()}}
         with captures, self.spool.writer(upstream_of(index)) as out:
@@ -286,6 +296,8 @@ class Sweep:
         result = result[0] if isinstance(result, tuple) else result
         if not isinstance(result, torch.Tensor) or result.shape != (1, *hidden.shape):
             raise self.skeleton.tape.refusal("has decoder layers that return no hidden state")
+        if result.dtype != hidden.dtype:
+            raise self.skeleton.tape.refusal(f"turns hidden states into {result.dtype}")
         return result
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Which tensor of the checkpoint is which parameter of the model.
 
 Layer tensors go by their suffix; everything else by name, with or without the base model's
-prefix. Tensors that are no parameter (stored rotary buffers, for one) are left on the disk.
+prefix. Buffers that the model saves (a learned scale, say) are loaded like parameters, though
+not scored; stored tensors that today's model does not know (old rotary buffers) stay on the disk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pkt.checkpoint import Checkpoint, Piece, find_outer
 from pkt.errors import CheckpointError
@@ -38,12 +40,19 @@ class Placement:
                 where = f"{self.checkpoint.folder}: layer {index}"
                 raise CheckpointError(f"{where} has no tensor '{name}'", _FOREIGN)
             found[name] = self._checked(pieces[name], tuple(parameter.shape))
+        for name, buffer in _saved_buffers(self.skeleton.layers[index]).items():
+            if name in pieces:
+                found[name] = self._checked(pieces[name], tuple(buffer.shape))
         return found
 
     def outer(self) -> dict[str, Piece]:
         """The pieces of what lies outside the layers, less embedding and head."""
         shapes = {name: tuple(p.shape) for name, p in self.skeleton.model.named_parameters()}
-        return {n: self._checked(self._place(n), shapes[n]) for n in self.skeleton.outer}
+        found = {n: self._checked(self._place(n), shapes[n]) for n in self.skeleton.outer}
+        for name, buffer in _saved_buffers(self.skeleton.model).items():
+            if piece := find_outer(self.checkpoint, name, self.skeleton.base_prefix):
+                found[name] = self._checked(piece, tuple(buffer.shape))
+        return found
 
     @property
     def head(self) -> Piece:
@@ -61,15 +70,21 @@ class Placement:
         starts = range(0, whole.shape[0], self.chunk_rows)
         return [whole.rows(s, min(s + self.chunk_rows, whole.shape[0])) for s in starts]
 
-    def damage(self, weight: torch.Tensor, piece: Piece) -> CheckpointError | None:
-        """The error that names the first weight of ``piece`` that is NaN or infinite."""
+    def damage(
+        self, weight: torch.Tensor, piece: Piece, first_row: int = 0
+    ) -> CheckpointError | None:
+        """The error that names the first weight of ``piece`` that is NaN or infinite.
+
+        ``weight`` may be a run of its rows, from ``first_row`` on.
+        """
         bad = ~torch.isfinite(weight)
         if not bool(bad.any()):
             return None
-        where = tuple(int(index) for index in bad.nonzero()[0])
+        at = tuple(int(index) for index in bad.nonzero()[0])
+        where = (at[0] + first_row, *at[1:]) if at else at
         return CheckpointError(
             f"tensor '{piece.name}' in {self.checkpoint.shard_name(piece)}: "
-            f"expected finite weights, found {float(weight[where])} at {where}",
+            f"expected finite weights, found {float(weight[at])} at {where}",
             "the checkpoint is damaged: fetch it again",
         )
 
@@ -94,3 +109,9 @@ class Placement:
                 _FOREIGN,
             )
         return piece
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent floating-point buffers, by name."""
+    saved = module.state_dict()
+    return {n: b for n, b in module.named_buffers() if n in saved and b.is_floating_point()}

@@ -116,6 +116,8 @@ class Skeleton:
         self._call(self.base, weights, torch.arange(rows.shape[0], device=rows.device)[None])
         if self.tape.first is None or len(self.tape.calls) != len(self.layers):
             raise self.tape.refusal("does not call all of its decoder layers")
+        if self.tape.first.shape != (1, *rows.shape) or self.tape.first.dtype != rows.dtype:
+            raise self.tape.refusal("widens or converts its embeddings before the first layer")
         return self.tape.first
 
     def logits(

@@ -106,8 +106,11 @@ class Spool:
         block = torch.empty(self.lengths[seed], self.width, dtype=self.dtype)
         offset = self._starts[seed] * self.width * self.dtype.itemsize
         path = self.folder / f"{name}.bin"
-        with path.open("rb", buffering=0) as file:
-            _fill(file, offset, block, path)
+        try:
+            with path.open("rb", buffering=0) as file:
+                _fill(file, offset, block, path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot read: {error.strerror}", _REDO) from error
         return block
 
     def valid(self, name: str) -> bool:

@@ -152,16 +152,18 @@ def extract_start(
     """Cut the chosen part of every kept weight out of the files, and factorize it."""
     start = Start()
     for index, layer in enumerate(layers):
-        record, parts = scores.records[layer], {}
+        record = scores.records[layer]
         for pair in task.pairs:
             key = f"{student.layers_path}.{index}.{pair.key}"
             start.windows[key] = recorded_window(record, pair.key)
             start.heats[key] = recorded_heat(record, pair.key)
-            parts[pair] = _cut(task, source, layer, pair, start.windows[key], work)
         for module in dict.fromkeys(pair.student.module for pair in task.pairs):
             placed = [
-                (weight, physical_rows(pair.student, task.student.head_dim, 1))
-                for pair, weight in parts.items()
+                (
+                    _cut(task, source, layer, pair, recorded_window(record, pair.key), work),
+                    physical_rows(pair.student, task.student.head_dim, 1),
+                )
+                for pair in task.pairs
                 if pair.student.module == module
             ]
             height = task.student.checkpoint.layers[index][f"{module}.weight"].shape[0]
