@@ -36,6 +36,16 @@ impl<T: Element> Memory<T> {
         (self.0.buf_ptr().cast(), self.0.len_bytes())
     }
 
+    /// Refuses to go on if `other` shares a byte with this memory, which is going to be written.
+    pub fn apart_from(&self, other: (*mut u8, usize)) -> PyResult<()> {
+        let ((ours, bytes), (theirs, length)) = (self.raw(), other);
+        let (ours, theirs) = (ours as usize, theirs as usize);
+        if ours < theirs + length && theirs < ours + bytes {
+            return Err(PyValueError::new_err("the result must not overlap its inputs"));
+        }
+        Ok(())
+    }
+
     /// The items.
     pub fn slice(&self) -> &[T] {
         let (first, count) = (self.0.buf_ptr().cast::<T>().cast_const(), self.0.item_count());

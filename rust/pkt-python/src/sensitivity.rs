@@ -24,6 +24,13 @@ impl Tensor {
         }
     }
 
+    fn raw(&self) -> (*mut u8, usize) {
+        match self {
+            Self::Half(memory, _) => memory.raw(),
+            Self::Single(memory) => memory.raw(),
+        }
+    }
+
     fn values(&self) -> Values<'_> {
         match self {
             Self::Half(memory, true) => Values::Bf16(memory.slice().reinterpret_cast()),
@@ -46,6 +53,8 @@ pub fn accumulate(
     let weights = Tensor::of(weights, weights_dtype)?;
     let gradients = Tensor::of(gradients, gradients_dtype)?;
     let mut scores = Memory::<f32>::writable(scores)?;
+    scores.apart_from(weights.raw())?;
+    scores.apart_from(gradients.raw())?;
     let (weights, gradients, scores) = (weights.values(), gradients.values(), scores.slice_mut());
     py.detach(|| core::accumulate(weights, gradients, scores)).map_err(to_python)
 }
@@ -64,6 +73,8 @@ pub fn accumulate_columns(
     let weights = Tensor::of(weights, weights_dtype)?;
     let gradients = Tensor::of(gradients, gradients_dtype)?;
     let mut sums = Memory::<f64>::writable(sums)?;
+    sums.apart_from(weights.raw())?;
+    sums.apart_from(gradients.raw())?;
     let (weights, gradients, sums) = (weights.values(), gradients.values(), sums.slice_mut());
     py.detach(|| core::accumulate_columns(weights, gradients, columns, sums)).map_err(to_python)
 }
