@@ -14,7 +14,7 @@ from pkt.models import Model
 from pkt.projections import Pair
 from pkt.records import Plan, PlanPart
 
-BASE_BYTES = 512 * MIB  # the interpreter, torch, transformers and peft, measured
+BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
 BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
 LOGIT_ELEMENTS = 1 << 23  # as in the sweep: logits made at once
