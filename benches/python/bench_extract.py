@@ -67,7 +67,7 @@ def side(args: argparse.Namespace) -> None:
                 made = execute(task, Path(folder) / "out", io="buffered")
             scores, seconds = made.manifest["layer_scores"], made.run["seconds"]
         else:
-            pairs = [(list(s.tokens), list(s.loss_mask)) for s in task.seeds.seeds]
+            pairs = [(list(s.tokens), list(s.loss_mask)) for s in task.seeds.samples]
             scores, seconds = autograd(args.teacher, pairs, args.side == "chunked"), {}
     total = time.perf_counter() - start
     sweep = sum(seconds.get(n, 0.0) for n in ("skeleton", "embed", "forward", "head", "backward"))

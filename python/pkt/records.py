@@ -21,8 +21,8 @@ IoMode = Literal["auto", "mmap", "buffered", "direct"]
 
 
 @dataclass(frozen=True, slots=True)
-class Seed:
-    """One seed text as the teacher reads it.
+class Sample:
+    """One text as a model reads it: a seed, a training example, a text to evaluate on.
 
     ``loss_mask[i]`` says that the prediction of token ``i`` (made at position ``i - 1``) counts
     in the loss; ``loss_mask[0]`` is always false.
@@ -39,24 +39,25 @@ class Seed:
 
 
 @dataclass(frozen=True, slots=True)
-class SeedSet:
-    """The seeds of a run, and the hash of what was read."""
+class SampleSet:
+    """The samples of a file, and the hash of what was read."""
 
-    seeds: tuple[Seed, ...]
+    samples: tuple[Sample, ...]
     sha256: str  #: over token ids and loss masks, so it changes with tokenizer and template too
     template: str  #: the template that `auto` came to
+    masked: tuple[str, ...] = ()  #: names of rows left out: cut before their answer began
 
     @property
     def tokens(self) -> int:
-        return sum(len(seed.tokens) for seed in self.seeds)
+        return sum(len(sample.tokens) for sample in self.samples)
 
     @property
     def longest(self) -> int:
-        return max((len(seed.tokens) for seed in self.seeds), default=0)
+        return max((len(sample.tokens) for sample in self.samples), default=0)
 
     @property
     def loss_tokens(self) -> int:
-        return sum(seed.loss_tokens for seed in self.seeds)
+        return sum(sample.loss_tokens for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import reference
 import tiny
 from pkt.api import execute, prepare
-from pkt.records import Extraction, SeedSet
+from pkt.records import Extraction, SampleSet
 
 RANK = 4
 WORDS = "a bat can dig each far gap his ink jar kit low map not old pan quiz run sit".split()  # noqa: SIM905
@@ -58,12 +58,12 @@ def build_pair(
 
 def run_both(
     folder: Path, teacher: Path, student: Path, **options: Any
-) -> tuple[Extraction, dict[str, Any], SeedSet]:
+) -> tuple[Extraction, dict[str, Any], SampleSet]:
     """Extract with pkt and with the reference from the same tokens."""
     seeds = write_seeds(folder / "seeds.jsonl")
     task = prepare(str(teacher), str(student), seeds, rank=RANK, **options)
     made = execute(task, folder / "out")
-    tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.seeds]
+    tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.samples]
     wanted = reference.extract(
         teacher, student, tokens, RANK, options.get("split", "paper"),
         options.get("select", "window"), options.get("embeddings", False),

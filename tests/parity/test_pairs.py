@@ -179,7 +179,7 @@ def test_other_targets_of_such_a_pair_work(tmp_path: Path) -> None:
         str(teacher), str(student), seeds, rank=RANK, dtype="float32", targets=targets
     )
     made = pkt.api.execute(task, tmp_path / "out")
-    tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.seeds]
+    tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.samples]
     model = reference.load(teacher)
     _, scores = reference.losses_and_scores(model, tokens)
     theirs = {

@@ -35,7 +35,7 @@ class Bench:
         self.teacher, self.student = build_pair(folder, "llama", "llama", big=BIG, small=SMALL)
         self.seeds = write_seeds(folder / "seeds.jsonl")
         task = pkt.api.prepare(str(self.teacher), str(self.student), self.seeds)
-        tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.seeds]
+        tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.samples]
         self.model = reference.load(self.teacher)
         _, self.scores = reference.losses_and_scores(self.model, tokens)
         self.made: dict[str, Extraction] = {}

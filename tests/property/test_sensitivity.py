@@ -62,7 +62,7 @@ def test_an_extraction_sums_absolute_values_and_not_gradients(tmp_path: Path) ->
     seeds = write_seeds(tmp_path / "seeds.jsonl", count=12)
     task = pkt.api.prepare(str(teacher), str(student), seeds, rank=RANK, dtype="float32")
     made = pkt.api.execute(task, tmp_path / "out")
-    tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.seeds]
+    tokens = [(list(seed.tokens), list(seed.loss_mask)) for seed in task.seeds.samples]
     wanted = reference.extract(teacher, student, tokens, RANK)
     compare(made, wanted)
     model = reference.load(teacher)

@@ -149,7 +149,7 @@ def extract(session: Session, /, **given: Any) -> None:
 def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
     mode = reading_mode(task, given["io"])
     if given["as_json"]:
-        cut = sum(seed.cut for seed in task.seeds.seeds)
+        cut = sum(seed.cut for seed in task.seeds.samples)
         seeds = {**task.identity()["seeds"], "cut": cut, "longest": task.seeds.longest}
         found = {
             "plan": plan_json(task.plan),
@@ -165,15 +165,15 @@ def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
 
 
 def _sample(given: Mapping[str, Any]) -> str:
-    from pkt.seeds import read_seeds, show_sample
+    from pkt.samples import read_samples, show_sample
 
     model = open_model(given["teacher"], aliases(), "teacher")
     tokenizer = load_tokenizer(model)
-    read = read_seeds(
+    read = read_samples(
         given["seeds"], tokenizer, template=given["template"], limit=1,
         max_tokens=given["max_tokens"], positions=model.positions,
     )  # fmt: skip
-    sample = show_sample(read.seeds[0], tokenizer)
+    sample = show_sample(read.samples[0], tokenizer)
     return json.dumps({"sample": sample}) if given["as_json"] else sample
 
 

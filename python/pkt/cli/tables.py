@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pkt.config import format_bytes
-from pkt.records import Extraction, MatchRow, Plan, SeedSet
+from pkt.records import Extraction, MatchRow, Plan, SampleSet
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: int = 0, right: Sequence[int] = ()) -> str:
@@ -82,11 +82,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {**asdict(plan), "peak_bytes": plan.peak_bytes, "fits": plan.fits}
 
 
-def seeds_line(seeds: SeedSet, max_tokens: int) -> str:
+def seeds_line(seeds: SampleSet, max_tokens: int) -> str:
     """How many seeds, how long, and how many were cut."""
-    cut = sum(seed.cut for seed in seeds.seeds)
+    cut = sum(sample.cut for sample in seeds.samples)
     line = (
-        f"seeds: {len(seeds.seeds)} of {seeds.tokens} tokens, {seeds.loss_tokens} in the loss, "
+        f"seeds: {len(seeds.samples)} of {seeds.tokens} tokens, {seeds.loss_tokens} in the loss, "
         f"template {seeds.template}"
     )
     return line + (f"; {cut} cut to {min(max_tokens, seeds.longest)} tokens" if cut else "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pkt.errors import PktError
-from pkt.records import Seed
+from pkt.records import Sample
 
 if TYPE_CHECKING:
     from pkt.sweep.passes import Sweep
@@ -71,7 +71,7 @@ def column_scores(sweep: Sweep, accumulate: Accumulate) -> dict[str, list[float]
 
 
 def _embedding_gradient(
-    sweep: Sweep, number: int, seed: Seed, block: torch.Tensor
+    sweep: Sweep, number: int, seed: Sample, block: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct tokens (k,), their rows (k, D), and one seed's gradient of those rows (k, D)."""
     ids = torch.tensor(seed.tokens, device=sweep.device)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.errors import PktError
 from pkt.host import release_free_memory
-from pkt.records import Seed
+from pkt.records import Sample
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
 from pkt.sweep.ends import Accumulate, column_scores
@@ -69,7 +69,7 @@ class Sweep:
 
     skeleton: Skeleton
     checkpoint: Checkpoint
-    seeds: Sequence[Seed]
+    seeds: Sequence[Sample]
     spool: Spool
     source: Source
     device: torch.device
@@ -222,7 +222,7 @@ class Sweep:
         self.spool.put("losses", losses)
 
     def loss(
-        self, seed: Seed, hidden: torch.Tensor, head: torch.Tensor
+        self, seed: Sample, hidden: torch.Tensor, head: torch.Tensor
     ) -> tuple[float, torch.Tensor]:
         """Mean cross-entropy of a seed's loss tokens, and its gradient at ``hidden`` (n, D)."""
         step = max(1, LOGIT_ELEMENTS // head.shape[0])
@@ -309,12 +309,12 @@ class Sweep:
         if far and bool(torch.isfinite(one).all()):
             raise self.skeleton.tape.refusal("mixes positions after its last layer")
 
-    def _bad_layer(self, index: int, weights: Weights, seed: Seed, what: str) -> PktError:
+    def _bad_layer(self, index: int, weights: Weights, seed: Sample, what: str) -> PktError:
         pieces = self.placement.layer(index)
         return self._not_finite(pieces, weights, seed, f"{what} in layer {index}")
 
     def _not_finite(
-        self, pieces: Mapping[str, Piece], weights: Weights, seed: Seed, what: str
+        self, pieces: Mapping[str, Piece], weights: Weights, seed: Sample, what: str
     ) -> PktError:
         """Blame the weight that is NaN or infinite, else the seed."""
         for name, piece in pieces.items():

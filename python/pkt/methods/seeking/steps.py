@@ -88,7 +88,7 @@ def score(
     whole = task.plan.scores == "layer"
     spool = Spool(
         work / "spool",
-        [len(seed.tokens) for seed in task.seeds.seeds],
+        [len(seed.tokens) for seed in task.seeds.samples],
         task.teacher.hidden_size,
         DTYPES[config.dtype],
     )
@@ -121,7 +121,7 @@ def score(
     sweep = Sweep(
         skeleton=skeleton,
         checkpoint=checkpoint,
-        seeds=task.seeds.seeds,
+        seeds=task.seeds.samples,
         spool=spool,
         source=source,
         device=source.device,

@@ -11,7 +11,7 @@ import torch
 import pkt
 from pkt.models import Model
 from pkt.projections import Pair
-from pkt.records import LayerRule, Plan, SeedSet, Select, Split
+from pkt.records import LayerRule, Plan, SampleSet, Select, Split
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -36,7 +36,7 @@ class Task:
 
     teacher: Model
     student: Model
-    seeds: SeedSet
+    seeds: SampleSet
     pairs: Sequence[Pair]
     plan: Plan
     config: Config
@@ -53,7 +53,7 @@ class Task:
             "teacher": self.teacher.hashes(),
             "student": self.student.hashes(),
             "seeds": {
-                "count": len(self.seeds.seeds),
+                "count": len(self.seeds.samples),
                 "tokens": self.seeds.tokens,
                 "loss_tokens": self.seeds.loss_tokens,
                 "sha256": self.seeds.sha256,

@@ -1,12 +1,13 @@
-"""Seed texts: JSONL → token ids, and which of them the loss counts.
+"""Sample texts: JSONL → token ids, and which of them the loss counts.
 
-A sensitivity is only as good as the loss it is the gradient of, so what a seed is turns on a
-few rules that are written here and nowhere else: which columns mean a prompt and an answer, how
-the two become one text, where the answer's tokens begin, and what a cut leaves of them.
+Seeds, training examples and texts to evaluate on are read alike. A gradient is only as good as the
+loss it is of, so what a sample is turns on a few rules that are written here and nowhere else:
+which columns mean a prompt and an answer, how the two become one text, where the answer's tokens
+begin, and what a cut leaves of them.
 
 Notable choices: lines end at LF alone (U+2028 is text); special tokens are what the
-tokenizer itself adds, never guessed; a seed without a token in the loss is an error, because
-its gradient is zero and its run would "succeed".
+tokenizer itself adds, never guessed; a sample without a token in the loss is an error, because
+its gradient is zero and its run would "succeed"; of training examples a few may be left out so.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import DataError, UsageError
-from pkt.records import Seed, SeedSet, Template
+from pkt.records import Sample, SampleSet, Template
 
 _FORMS = (
     '{"messages"}, {"prompt", "completion"}, {"question", "answer"}, '
@@ -33,7 +34,11 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Message = Mapping[str, Any]
 
 
-def read_seeds(
+class _MaskedError(DataError):
+    """A row that a cut leaves without a token in the loss."""
+
+
+def read_samples(
     path: Path,
     tokenizer: Any,
     *,
@@ -41,8 +46,9 @@ def read_seeds(
     limit: int = 32,
     max_tokens: int = 2048,
     positions: int | None = None,
-) -> SeedSet:
-    r"""The seeds of a JSONL file, as the teacher reads them.
+    spare: float = 0.0,
+) -> SampleSet:
+    r"""The samples of a JSONL file, as a model reads them.
 
     A row is one of (further columns are ignored, the first form that fits is taken)::
 
@@ -72,15 +78,17 @@ def read_seeds(
         path: UTF-8 file, one JSON object a line; blank lines, CRLF and a BOM are accepted.
         tokenizer: a transformers tokenizer.
         template: how prompt and answer become one text.
-        limit: the first so many rows are the seeds, 0 means all; later rows are not parsed.
-        max_tokens: longer seeds are cut to their first tokens.
-        positions: most tokens that the teacher takes; cuts like ``max_tokens``.
+        limit: the first so many rows are read, 0 means all; later rows are not parsed.
+        max_tokens: longer samples are cut to their first tokens.
+        positions: most tokens that the model takes; cuts like ``max_tokens``.
+        spare: share of the rows that a cut may leave without an answer: they are left out.
 
     Raises:
         UsageError: ``limit`` below 0, ``max_tokens`` below 2, or ``chat`` without a template.
         DataError: an unreadable or empty file, a row that is none of the above, an empty answer,
             no EOS token to end an answer with, a conversation that the chat template refuses,
-            or a seed of which no token is left in the loss. Rows are named ``file:line``.
+            or more than ``spare`` of the rows without a token in the loss. Rows are named
+            ``file:line``.
 
     Source: arXiv 2310.11451, with the prompt format of maszhongming/ParaKnowTransfer@1a104a2.
 
@@ -91,18 +99,32 @@ def read_seeds(
         raise UsageError(f"max-tokens: expected 2 or more, found {max_tokens}")
     template = _resolve(template, tokenizer)
     room = min(max_tokens, positions or max_tokens)
+    samples, masked = [], []
+    first: _MaskedError | None = None
     with closing(_rows(path)) as rows:  # the file, also where a row is refused
-        seeds = tuple(
-            _seed(row, f"{path}:{line}", f"{path.name}:{line}", tokenizer, template, room)
-            for line, row in islice(rows, limit or None)
-        )
-    if not seeds:
+        for line, row in islice(rows, limit or None):
+            where, name = f"{path}:{line}", f"{path.name}:{line}"
+            try:
+                samples.append(_sample(row, where, name, tokenizer, template, room))
+            except _MaskedError as error:
+                if not spare:
+                    raise
+                first = first or error
+                masked.append(name)
+    total = len(samples) + len(masked)
+    if not total:
         raise DataError(f"{path}: expected one JSON object a line, found no row")
-    return SeedSet(seeds, _digest(seeds), template)
+    if first and len(masked) > spare * total:
+        raise DataError(
+            f"{path}: {len(masked)} of {total} rows have no token left in the loss; "
+            f"the first: {first.message}",
+            first.hint,
+        )
+    return SampleSet(tuple(samples), _digest(samples), template, tuple(masked))
 
 
-def show_sample(seed: Seed, tokenizer: Any) -> str:
-    """One seed as text, its loss tokens between ⟦ and ⟧, below a line of counts.
+def show_sample(sample: Sample, tokenizer: Any) -> str:
+    """One sample as text, its loss tokens between ⟦ and ⟧, below a line of counts.
 
     A character of which only a part is in the loss counts as in it. Characters
     that do not print are written as escapes, so that a sample cannot command the terminal.
@@ -111,18 +133,18 @@ def show_sample(seed: Seed, tokenizer: Any) -> str:
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
-    text = decode(seed.tokens)
+    text = decode(sample.tokens)
     edges = [0]  # characters where the text enters and leaves the loss, alternating
     inside = False
-    for index, counts in enumerate(seed.loss_mask):
+    for index, counts in enumerate(sample.loss_mask):
         if counts != inside:
-            edges.append(_common_prefix(decode(seed.tokens[:index]), text))
+            edges.append(_common_prefix(decode(sample.tokens[:index]), text))
             inside = counts
     pieces = [_printable(text[a:b]) for a, b in zip(edges, [*edges[1:], len(text)], strict=True)]
     marked = "".join(f"⟦{piece}⟧" if i % 2 else piece for i, piece in enumerate(pieces))
-    cut = ", cut" if seed.cut else ""
-    counts_line = f"{len(seed.tokens)} tokens{cut}, {seed.loss_tokens} of them in the loss ⟦…⟧"
-    return f"{seed.name}: {counts_line}\n{marked}"
+    cut = ", cut" if sample.cut else ""
+    counts_line = f"{len(sample.tokens)} tokens{cut}, {sample.loss_tokens} of them in the loss ⟦…⟧"
+    return f"{sample.name}: {counts_line}\n{marked}"
 
 
 def _resolve(template: Template, tokenizer: Any) -> Template:
@@ -169,7 +191,9 @@ def _parse(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: JSON that Python does not read: {error}") from error
 
 
-def _seed(row: Any, where: str, name: str, tokenizer: Any, template: Template, room: int) -> Seed:
+def _sample(
+    row: Any, where: str, name: str, tokenizer: Any, template: Template, room: int
+) -> Sample:
     content = _content(row, where)
     if isinstance(content, str):
         tokens = _encode(tokenizer, content)
@@ -180,14 +204,14 @@ def _seed(row: Any, where: str, name: str, tokenizer: Any, template: Template, r
         tokens, answer = _encode_plain(content, tokenizer, template, where)
     mask = tuple(index in answer for index in range(len(tokens)))
     if len(tokens) > room and any(mask) and not any(mask[:room]):
-        raise DataError(
+        raise _MaskedError(
             f"{where}: cut to {room} of its {len(tokens)} tokens, it ends before its answer, "
             f"which begins at token {answer.start}",
-            "raise --max-tokens as far as the teacher's positions allow, or drop the row",
+            "raise --max-tokens as far as the model's positions allow, or drop the row",
         )
     if not any(mask):
         raise DataError(f"{where}: no token to predict in its {len(tokens)} tokens")
-    return Seed(name, tuple(tokens[:room]), mask[:room], cut=len(tokens) > room)
+    return Sample(name, tuple(tokens[:room]), mask[:room], cut=len(tokens) > room)
 
 
 def _content(row: Any, where: str) -> str | list[Message]:
@@ -325,13 +349,15 @@ def _printable(text: str) -> str:
     )
 
 
-def _digest(seeds: Sequence[Seed]) -> str:
-    """SHA-256 over, seed by seed, the length (u64), the token ids (u32) and the mask (bytes).
+def _digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 over, sample by sample, the length (u64), the token ids (u32) and the mask (bytes).
 
     All little-endian, so that the hash is the same on every host.
     """
     digest = hashlib.sha256()
-    for seed in seeds:
-        length = len(seed.tokens)
-        digest.update(struct.pack(f"<Q{length}I{length}?", length, *seed.tokens, *seed.loss_mask))
+    for sample in samples:
+        length = len(sample.tokens)
+        digest.update(
+            struct.pack(f"<Q{length}I{length}?", length, *sample.tokens, *sample.loss_mask)
+        )
     return digest.hexdigest()

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pkt.errors import DataError, UsageError
-from pkt.records import Seed
-from pkt.seeds import read_seeds, show_sample
+from pkt.records import Sample
+from pkt.samples import read_samples, show_sample
 
 MARKED = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]"
@@ -86,7 +86,7 @@ TALK = [
 @pytest.mark.parametrize("bos", [True, False])
 def test_text_is_the_tokenizers_own_encoding_and_counts_all_but_its_first_token(write, bos):
     tokenizer = byte_level(bos=bos)
-    seed = read_seeds(write({"text": "Hi there"}), tokenizer).seeds[0]
+    seed = read_samples(write({"text": "Hi there"}), tokenizer).samples[0]
     assert list(seed.tokens) == tokenizer("Hi there")["input_ids"]
     assert seed.loss_mask == (False, *[True] * (len(seed.tokens) - 1))
     assert seed.name == "seeds.jsonl:1"
@@ -99,8 +99,8 @@ def test_text_is_the_tokenizers_own_encoding_and_counts_all_but_its_first_token(
 )
 def test_prompt_and_answer_become_bos_prompt_answer_eos(write, template, prompt, bos):
     tokenizer = byte_level(bos=bos)
-    found = read_seeds(write(QUESTION), tokenizer, template=template)
-    seed = found.seeds[0]
+    found = read_samples(write(QUESTION), tokenizer, template=template)
+    seed = found.samples[0]
     assert found.template == ("paper" if template == "auto" else template)
     assert text_of(seed, tokenizer) == "<s>" * bos + prompt + "It is 4.</s>"
     assert loss_text(seed, tokenizer) == "It is 4.</s>"
@@ -130,34 +130,34 @@ def test_prompt_and_answer_become_bos_prompt_answer_eos(write, template, prompt,
 @pytest.mark.parametrize("chat", [None, MARKED, UNMARKED])
 def test_every_form_of_one_conversation_is_one_seed(write, row, chat):
     tokenizer = byte_level(chat=chat)
-    expected = read_seeds(write(QUESTION), tokenizer)
-    assert read_seeds(write(row), tokenizer).sha256 == expected.sha256
+    expected = read_samples(write(QUESTION), tokenizer)
+    assert read_samples(write(row), tokenizer).sha256 == expected.sha256
 
 
 def test_alpaca_input_follows_the_instruction_after_an_empty_line(write):
     tokenizer = byte_level()
     row = {"instruction": "Add.", "input": "2, 2", "output": "4"}
-    seed = read_seeds(write(row), tokenizer, template="none").seeds[0]
+    seed = read_samples(write(row), tokenizer, template="none").samples[0]
     assert text_of(seed, tokenizer) == "<s>Add.\n\n2, 2\n4</s>"
 
 
 @pytest.mark.parametrize("chat", [MARKED, UNMARKED])
 def test_chat_template_writes_all_and_only_the_last_turn_counts(write, chat):
     tokenizer = byte_level(chat=chat)
-    found = read_seeds(write({"messages": TALK}), tokenizer)
+    found = read_samples(write({"messages": TALK}), tokenizer)
     assert found.template == "chat"
     assert (
-        text_of(found.seeds[0], tokenizer)
+        text_of(found.samples[0], tokenizer)
         == "<s>[user]one[assistant]1</s>[user]two[assistant]2</s>"
     )
-    assert loss_text(found.seeds[0], tokenizer) == "2</s>"
-    assert found.seeds[0].tokens.count(tokenizer.bos_token_id) == 1
+    assert loss_text(found.samples[0], tokenizer) == "2</s>"
+    assert found.samples[0].tokens.count(tokenizer.bos_token_id) == 1
 
 
 def test_marked_span_is_taken_exactly_as_marked(write):
     thinking = MARKED.replace("{% generation %}", "<think>{% generation %}")
     tokenizer = byte_level(chat=thinking)
-    seed = read_seeds(write(QUESTION), tokenizer).seeds[0]
+    seed = read_samples(write(QUESTION), tokenizer).samples[0]
     assert text_of(seed, tokenizer).endswith("[assistant]<think>It is 4.</s>")
     assert loss_text(seed, tokenizer) == "It is 4.</s>"
 
@@ -165,14 +165,14 @@ def test_marked_span_is_taken_exactly_as_marked(write):
 def test_what_only_the_generation_prompt_holds_is_no_answer(write):
     opened = UNMARKED.replace("[assistant]{% endif %}", "[assistant]<think>\n{% endif %}")
     tokenizer = byte_level(chat=opened)
-    seed = read_seeds(write(QUESTION), tokenizer).seeds[0]
+    seed = read_samples(write(QUESTION), tokenizer).samples[0]
     assert loss_text(seed, tokenizer) == "It is 4.</s>"
 
 
 def test_plain_conversation_ends_its_last_turn_alone_with_eos(write):
     tokenizer = byte_level()
     path = write({"messages": [{"role": "system", "content": "Count."}, *TALK]})
-    paper, none = (read_seeds(path, tokenizer, template=t).seeds[0] for t in ("paper", "none"))
+    paper, none = (read_samples(path, tokenizer, template=t).samples[0] for t in ("paper", "none"))
     assert text_of(paper, tokenizer) == (
         "<s><|system|>\nCount.\n\n<|user|>\none\n\n<|assistant|>\n1\n\n"
         "<|user|>\ntwo\n\n<|assistant|>\n2</s>"
@@ -183,14 +183,14 @@ def test_plain_conversation_ends_its_last_turn_alone_with_eos(write):
 
 def test_token_across_the_border_counts(write):
     tokenizer = byte_level(merges=[("Ċ", "I")])
-    seed = read_seeds(write(QUESTION), tokenizer, template="none").seeds[0]
+    seed = read_samples(write(QUESTION), tokenizer, template="none").samples[0]
     assert loss_text(seed, tokenizer) == "\nIt is 4.</s>"
 
 
 def test_first_token_never_counts(write):
     tokenizer = byte_level(bos=False, merges=[("Ċ", "I")])
     row = {"question": "", "answer": "It"}
-    seed = read_seeds(write(row), tokenizer, template="none").seeds[0]
+    seed = read_samples(write(row), tokenizer, template="none").samples[0]
     assert seed.loss_mask == (False, True, True)
 
 
@@ -199,7 +199,7 @@ def test_eos_of_the_tokenizer_is_not_doubled(write):
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
     )
-    seed = read_seeds(write(QUESTION), tokenizer, template="none").seeds[0]
+    seed = read_samples(write(QUESTION), tokenizer, template="none").samples[0]
     assert text_of(seed, tokenizer) == "<s>2 + 2?\nIt is 4.</s>"
     assert loss_text(seed, tokenizer) == "It is 4.</s>"
 
@@ -213,7 +213,7 @@ def test_eos_of_the_tokenizer_is_not_doubled(write):
 def test_loss_ends_the_text_and_holds_the_whole_answer(write, prompt, answer, template):
     tokenizer = byte_level(chat=UNMARKED, merges=[("Ċ", "Ċ"), ("ĊĊ", "a"), ("]", "b")])
     path = write({"prompt": prompt, "completion": answer})
-    seed = read_seeds(path, tokenizer, template=template).seeds[0]
+    seed = read_samples(path, tokenizer, template=template).samples[0]
     start = seed.loss_mask.index(True)
     assert all(seed.loss_mask[start:])
     assert loss_text(seed, tokenizer).endswith(answer + "</s>")
@@ -225,65 +225,65 @@ def test_loss_ends_the_text_and_holds_the_whole_answer(write, prompt, answer, te
 def test_lines_end_at_newlines_alone(write, tmp_path):
     tokenizer = byte_level()
     rows = [json.dumps({"text": t}, ensure_ascii=False) for t in ("a\u2028b\x85c", "d")]
-    plain = read_seeds(write(*rows), tokenizer)
-    assert text_of(plain.seeds[0], tokenizer) == "<s>a\u2028b\x85c"
+    plain = read_samples(write(*rows), tokenizer)
+    assert text_of(plain.samples[0], tokenizer) == "<s>a\u2028b\x85c"
     other = tmp_path / "other.jsonl"
     other.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n  \n".join([*rows, ""]).encode())
-    dressed = read_seeds(other, tokenizer)
+    dressed = read_samples(other, tokenizer)
     assert dressed.sha256 == plain.sha256
-    assert [seed.name for seed in dressed.seeds] == ["other.jsonl:1", "other.jsonl:4"]
+    assert [seed.name for seed in dressed.samples] == ["other.jsonl:1", "other.jsonl:4"]
 
 
 def test_rows_beyond_the_limit_are_not_parsed(write):
     path = write({"text": "first"}, "", {"text": "second"}, "{broken")
     tokenizer = byte_level()
-    assert len(read_seeds(path, tokenizer, limit=2).seeds) == 2
+    assert len(read_samples(path, tokenizer, limit=2).samples) == 2
     with pytest.raises(DataError, match=r"seeds\.jsonl:4: not valid JSON at column 2"):
-        read_seeds(path, tokenizer, limit=0)
+        read_samples(path, tokenizer, limit=0)
     many = write(*[{"text": "again"}] * 40)
-    assert len(read_seeds(many, tokenizer).seeds) == 32
-    assert len(read_seeds(many, tokenizer, limit=0).seeds) == 40
+    assert len(read_samples(many, tokenizer).samples) == 32
+    assert len(read_samples(many, tokenizer, limit=0).samples) == 40
 
 
 def test_a_cut_seed_is_a_prefix(write):
     tokenizer = byte_level()
     path = write(QUESTION, {"text": "a"})
-    whole, short = read_seeds(path, tokenizer, template="none").seeds
+    whole, short = read_samples(path, tokenizer, template="none").samples
     for limits in ({"max_tokens": 10}, {"positions": 10}, {"max_tokens": 99, "positions": 10}):
-        cut, kept = read_seeds(path, tokenizer, template="none", **limits).seeds
-        assert cut == Seed("seeds.jsonl:1", whole.tokens[:10], whole.loss_mask[:10], cut=True)
+        cut, kept = read_samples(path, tokenizer, template="none", **limits).samples
+        assert cut == Sample("seeds.jsonl:1", whole.tokens[:10], whole.loss_mask[:10], cut=True)
         assert kept == short
         assert not kept.cut
     size = len(whole.tokens)
-    assert read_seeds(path, tokenizer, template="none", max_tokens=size).seeds[0] == whole
+    assert read_samples(path, tokenizer, template="none", max_tokens=size).samples[0] == whole
 
 
 def test_cut_before_the_answer_is_an_error_that_says_so(write):
     path = write({"text": "fine"}, QUESTION)
     with pytest.raises(DataError, match=r"jsonl:2: cut to 8 of its 17 tokens, .* token 8") as error:
-        read_seeds(path, byte_level(), template="none", max_tokens=8)
+        read_samples(path, byte_level(), template="none", max_tokens=8)
     assert "--max-tokens" in error.value.hint
-    assert read_seeds(path, byte_level(), template="none", max_tokens=9).loss_tokens == 5
+    assert read_samples(path, byte_level(), template="none", max_tokens=9).loss_tokens == 5
 
 
 def test_digest_is_over_ids_and_masks_of_every_seed(write):
     tokenizer = byte_level()
     path = write({"text": "ab"}, QUESTION)
-    found = read_seeds(path, tokenizer)
+    found = read_samples(path, tokenizer)
     content = b"".join(
         len(seed.tokens).to_bytes(8, "little")
         + b"".join(token.to_bytes(4, "little") for token in seed.tokens)
         + bytes(seed.loss_mask)
-        for seed in found.seeds
+        for seed in found.samples
     )
     assert found.sha256 == hashlib.sha256(content).hexdigest()
-    assert found.sha256 == read_seeds(path, tokenizer).sha256
+    assert found.sha256 == read_samples(path, tokenizer).sha256
     others = {
-        read_seeds(path, tokenizer, template="none").sha256,
-        read_seeds(path, tokenizer, limit=1).sha256,
-        read_seeds(path, byte_level(bos=False)).sha256,
-        read_seeds(path, byte_level(chat=UNMARKED)).sha256,
-        read_seeds(write(QUESTION, {"text": "ab"}), tokenizer).sha256,
+        read_samples(path, tokenizer, template="none").sha256,
+        read_samples(path, tokenizer, limit=1).sha256,
+        read_samples(path, byte_level(bos=False)).sha256,
+        read_samples(path, byte_level(chat=UNMARKED)).sha256,
+        read_samples(write(QUESTION, {"text": "ab"}), tokenizer).sha256,
         found.sha256,
     }
     assert len(others) == 6
@@ -327,27 +327,27 @@ def messages(*roles):
 def test_bad_rows_are_named(write, row, says, chat):
     path = write({"text": "fine"}, row)
     with pytest.raises(DataError, match=rf"seeds\.jsonl:2: (.*{says}|{says})") as error:
-        read_seeds(path, byte_level(chat=chat))
+        read_samples(path, byte_level(chat=chat))
     assert error.value.exit_code == 5
     assert "\n" not in error.value.message
 
 
 def test_text_of_one_token_predicts_nothing(write):
     with pytest.raises(DataError, match=r"jsonl:1: no token to predict in its 1 tokens"):
-        read_seeds(write({"text": "a"}), byte_level(bos=False))
+        read_samples(write({"text": "a"}), byte_level(bos=False))
 
 
 def test_a_template_that_refuses_is_quoted(write):
     path = write(QUESTION, messages("system", "user", "assistant"))
     with pytest.raises(DataError, match=r"jsonl:2: the chat template refuses it: no system"):
-        read_seeds(path, byte_level(chat=STRICT + MARKED))
+        read_samples(path, byte_level(chat=STRICT + MARKED))
 
 
 def test_no_eos_matters_only_where_an_answer_needs_it(write):
     tokenizer = byte_level(eos=None)
-    assert read_seeds(write({"text": "fine"}), tokenizer).seeds
+    assert read_samples(write({"text": "fine"}), tokenizer).samples
     with pytest.raises(DataError, match=r"jsonl:1: the tokenizer has no EOS token"):
-        read_seeds(write(QUESTION), tokenizer)
+        read_samples(write(QUESTION), tokenizer)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\r\n", b"\xef\xbb\xbf"])
@@ -355,37 +355,37 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
     path = tmp_path / "seeds.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="found no row"):
-        read_seeds(path, byte_level())
+        read_samples(path, byte_level())
 
 
 def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"missing\.jsonl: cannot be read: No such file"):
-        read_seeds(tmp_path / "missing.jsonl", byte_level())
+        read_samples(tmp_path / "missing.jsonl", byte_level())
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
-        read_seeds(tmp_path, byte_level())
+        read_samples(tmp_path, byte_level())
     path = tmp_path / "seeds.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
     with pytest.raises(DataError, match=r"jsonl:2: not UTF-8 at byte 11"):
-        read_seeds(path, byte_level())
+        read_samples(path, byte_level())
     path.write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(DataError, match="not UTF-8") as error:
-        read_seeds(path, byte_level())
+        read_samples(path, byte_level())
     assert "gunzip" in error.value.hint
 
 
 @pytest.mark.parametrize("options", [{"limit": -1}, {"max_tokens": 1}, {"template": "chat"}])
 def test_contradictory_requests_are_usage_errors(write, options):
     with pytest.raises(UsageError):
-        read_seeds(write({"text": "fine"}), byte_level(), **options)
+        read_samples(write({"text": "fine"}), byte_level(), **options)
 
 
 def test_sample_marks_the_loss(write):
     tokenizer = byte_level()
-    seed = read_seeds(write(QUESTION), tokenizer, template="none", max_tokens=12).seeds[0]
+    seed = read_samples(write(QUESTION), tokenizer, template="none", max_tokens=12).samples[0]
     assert show_sample(seed, tokenizer) == (
         "seeds.jsonl:1: 12 tokens, cut, 4 of them in the loss ⟦…⟧\n<s>2 + 2?\n⟦It i⟧"
     )
-    several = Seed("s:1", seed.tokens, tuple(i in {1, 2, 5} for i in range(12)))
+    several = Sample("s:1", seed.tokens, tuple(i in {1, 2, 5} for i in range(12)))
     assert show_sample(several, tokenizer).endswith("\n<s>⟦2 ⟧+ ⟦2⟧?\nIt i")
 
 
@@ -395,18 +395,18 @@ def test_sample_survives_characters_split_between_tokens(build):
     tokens = tuple(tokenizer("a é☃ b")["input_ids"])
     text = tokenizer.decode(tokens)
     for start in range(1, len(tokens)):
-        seed = Seed("s:1", tokens, tuple(i >= start for i in range(len(tokens))))
+        seed = Sample("s:1", tokens, tuple(i >= start for i in range(len(tokens))))
         before, _, counted = show_sample(seed, tokenizer).split("\n", 1)[1].partition("⟦")
         assert before + counted.removesuffix("⟧") == text
         assert tokenizer.decode(tokens[start:]).strip("�") in counted
 
 
 def test_sample_cannot_command_the_terminal(write):
-    seed = read_seeds(write({"text": "a\x1b[31m\u202eb\n\tc"}), byte_level()).seeds[0]
+    seed = read_samples(write({"text": "a\x1b[31m\u202eb\n\tc"}), byte_level()).samples[0]
     assert show_sample(seed, byte_level()).endswith("<s>⟦a\\x1b[31m\\u202eb\n\tc⟧")
 
 
 def test_importing_loads_neither_torch_nor_transformers():
-    check = "import sys, pkt.seeds; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    root = Path(sys.modules["pkt.seeds"].__file__).parents[1]
+    check = "import sys, pkt.samples; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    root = Path(sys.modules["pkt.samples"].__file__).parents[1]
     subprocess.run([sys.executable, "-c", check], check=True, env={"PYTHONPATH": str(root)})

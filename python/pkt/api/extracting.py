@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pkt.config import load_aliases, parse_bytes
-from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
+from pkt.errors import BudgetError, IncompatibleError, UsageError
 from pkt.host import memory_limit
 from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
@@ -136,10 +136,10 @@ def prepare(
             f"pkt inspect --teacher {teacher} --student {student} shows every module",
         )
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
-    from pkt.seeds import read_seeds
+    from pkt.samples import read_samples
 
     tokenizer = load_tokenizer(big)
-    read = read_seeds(
+    read = read_samples(
         Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
         positions=big.positions,
     )  # fmt: skip
@@ -311,4 +311,4 @@ def _base_name(model: Model) -> str:
     return model.source if not Path(model.source).is_dir() else str(Path(model.source))
 
 
-__all__ = ["PktError", "execute", "extract", "inspect", "prepare"]
+__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "require_fit"]
