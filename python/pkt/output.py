@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,19 @@ from pkt.errors import IncompatibleError, OutputError
 
 WORK = ".work"
 MANIFEST = "pkt_manifest.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report")
+#: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
-    "adapter_config.json", "adapter_model.safetensors", "README.md", "report",
-    "pkt_run.json", MANIFEST, WORK,
+    *ADAPTER, "metrics.jsonl", "results.json", "results.md", "details", "pkt_run.json",
+    MANIFEST, WORK,
 )  # fmt: skip
 
 
-def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest in ``folder`` if it is of this very run, else ``None``."""
-    if any(not (folder / name).exists() for name in _OURS if name != WORK):
+def finished(
+    folder: Path, identity: Mapping[str, Any], results: Sequence[str] = ADAPTER
+) -> dict[str, Any] | None:
+    """The manifest in ``folder`` if it is of this very run and every result is there."""
+    if any(not (folder / name).exists() for name in (*results, "pkt_run.json", MANIFEST)):
         return None
     manifest = _manifest_of(folder, identity)
     if manifest is not None and (folder / WORK).is_dir():  # killed while it was cleaning up:
@@ -71,7 +75,8 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
     work = folder / WORK
     found = [name for name in found if name != WORK]
     if found and not (work / "run.json").is_file():
-        foreign = [name for name in found if name not in _OURS]
+        ours = _written(folder)
+        foreign = [name for name in found if name not in ours]
         if foreign or not (overwrite or _manifest_of(folder, identity)):
             extra = " (--overwrite removes only what pkt wrote)" if overwrite else ""
             raise OutputError(
@@ -143,13 +148,23 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
         held = None
     if held is None:
         if overwrite:
-            for name in reversed(_OURS):  # the manifest first: without it nothing is finished
+            for name in _written(folder):  # the manifest first: without it nothing is finished
                 path = folder / name
                 if name != WORK and path.exists():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         temporary = state.with_suffix(".tmp")
         temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         temporary.rename(state)
+
+
+def _written(folder: Path) -> list[str]:
+    """Names that a command of pkt may have written into ``folder``, the manifest first."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = [str(name) for name in manifest.get("files", []) if "/" not in str(name)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        listed = []
+    return [MANIFEST, *(name for name in (*_OURS, *listed) if name not in (MANIFEST, ".", ".."))]
 
 
 def _differences(held: Any, wanted: Any, path: str = "") -> list[str]:
