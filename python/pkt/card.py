@@ -1,13 +1,14 @@
-"""The adapter folder's model card: what lies in it, and the one way in which it is of use.
+"""The adapter folder's model card: what lies in it, and how it is used.
 
 A start from `pkt extract` looks like any other LoRA, and loading it like any other is the
-mistake that the card has to prevent.
+mistake that its card has to prevent; a tuned adapter is loaded just so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ the start from the student once, and training begins at exactly the student's fu
 
 ## Use
 
-With peft alone:
+`pkt train --student {student_word} --init THIS_FOLDER --data train.jsonl -o tuned` does all of it.
+By hand, with peft alone:
 
 ```python
 import torch
@@ -75,6 +77,37 @@ Written by pkt {pkt}. `pkt_manifest.json` holds each window, its score, and the 
 inputs.
 """
 
+_TUNED = """\
+---
+{front_matter}---
+
+# A LoRA, fine-tuned from {origin}
+
+A plain LoRA on the untouched student, {student}:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+student = AutoModelForCausalLM.from_pretrained({student_literal})
+model = PeftModel.from_pretrained(student, ".")  # this folder
+```
+
+{rank}
+
+| | |
+|---|---|
+| student | {student_model} |
+| training data | {data} |
+| steps | {steps} of {batch} examples |
+| training loss, last step | {loss} nats a token |
+{held_out}| start | {start} |
+{options}
+
+Written by pkt {pkt}. `pkt_manifest.json` holds the hashes of all inputs, `metrics.jsonl` the loss
+of each step.
+"""
+
 
 def model_card(manifest: Mapping[str, Any], base_model: str) -> str:
     """The text of the adapter folder's ``README.md``: YAML front matter, then Markdown.
@@ -87,33 +120,80 @@ def model_card(manifest: Mapping[str, Any], base_model: str) -> str:
         base_model: hub id or folder of the student.
 
     """
-    method = manifest["method"]
-    front = {"library_name": "peft", "tags": ["lora", "pkt", method]}
-    if _is_hub_id(base_model):
-        front["base_model"] = name = base_model
-        student = f"[{name}](https://huggingface.co/{name})"
-    else:
-        name = os.path.basename(os.path.abspath(base_model)) or "student"
-        student = f"the model in the folder `{_cell(name)}`"
+    front, name, student = _base(manifest["method"], base_model)
     seeds, options = manifest["seeds"], manifest["options"]
-    rows = [
-        f"| {_cell(name.replace('_', '-'))} | {_cell(value)} |"
-        for name, value in sorted(options.items())
-        if value is not None
-    ]
     return _CARD.format(
         front_matter=yaml.safe_dump(front, allow_unicode=True),
         student=student,
         student_literal=json.dumps(name, ensure_ascii=False),
-        method=_cell(method),
+        student_word=shlex.quote(name),
+        method=_cell(manifest["method"]),
         select=_cell(options["select"]),
         teacher_model=_describe(manifest["teacher"]),
         student_model=_describe(manifest["student"]),
         seeds=f"{seeds['count']} texts, {seeds['loss_tokens']} of {seeds['tokens']} tokens "
         f"in the loss, `{seeds['sha256'][:12]}`",
         layers=", ".join(map(str, manifest["layers"])),
-        options="\n".join(rows),
+        options=_rows(options),
         pkt=manifest["pkt"],
+    )
+
+
+def tuned_card(manifest: Mapping[str, Any], base_model: str) -> str:
+    """The text of ``README.md`` beside a tuned adapter; arguments as of `model_card`."""
+    front, name, student = _base(manifest["method"], base_model)
+    start, data, options = manifest["start"], manifest["data"], manifest["options"]
+    rank, losses = manifest["rank"], manifest["eval_loss"]
+    extracted = start["init"] == "extracted"
+    origin = "what was extracted from a larger model" if extracted else f"a {start['init']} start"
+    served = (
+        f"Its rank is {rank}: the trained half and, beside it, the start that is subtracted. vLLM "
+        f"serves ranks up to 16 unless started with `--max-lora-rank {rank}`; `pkt export --rank` "
+        "makes it smaller and says at what error."
+        if rank > 16
+        else f"Its rank is {rank}."
+    )
+    form = start["form"] if start["form"] != "scaled" else f"scaled by {start['scale']:g}"
+    held_out = (
+        f"| held-out loss, student → tuned | {losses['student']:.4f} → {losses['tuned']:.4f} "
+        "nats a token |\n"
+        if losses
+        else ""
+    )
+    return _TUNED.format(
+        front_matter=yaml.safe_dump(front, allow_unicode=True),
+        origin=origin,
+        student=student,
+        student_literal=json.dumps(name, ensure_ascii=False),
+        rank=served,
+        student_model=_describe(manifest["student"]),
+        data=f"{data['count']} examples, {data['loss_tokens']} of {data['tokens']} tokens in the "
+        f"loss, `{data['sha256'][:12]}`",
+        steps=manifest["steps"],
+        batch=options["batch_size"],
+        loss=f"{manifest['loss']:.4f}",
+        held_out=held_out,
+        start=_cell(start["init"] + ("" if start["init"] == "lora" else f", {form}")),
+        options=_rows(options),
+        pkt=manifest["pkt"],
+    )
+
+
+def _base(method: str, base_model: str) -> tuple[dict[str, Any], str, str]:
+    """Front matter, the student's name, and what the text calls it."""
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "pkt", method]}
+    if _is_hub_id(base_model):
+        front["base_model"] = base_model
+        return front, base_model, f"[{base_model}](https://huggingface.co/{base_model})"
+    name = os.path.basename(os.path.abspath(base_model)) or "student"
+    return front, name, f"the model in the folder `{_cell(name)}`"
+
+
+def _rows(options: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"| {_cell(name.replace('_', '-'))} | {_cell(value)} |"
+        for name, value in sorted(options.items())
+        if value is not None
     )
 
 

@@ -152,6 +152,17 @@ def match(
     return pairs, rows, problems
 
 
+def wanted_modules(student: Model, targets: Sequence[str] | None) -> set[str]:
+    """The modules below a layer ("self_attn.q_proj") that ``targets`` name, fused ones whole.
+
+    Raises:
+        UsageError: a target that no module has.
+
+    """
+    ours = projections_of(student)
+    return {ours[key].module for key in _wanted(ours, targets)}
+
+
 def _match_embeddings(
     teacher: Model, student: Model, rows: list[MatchRow], problems: list[str]
 ) -> None:

@@ -111,6 +111,18 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """``B @ A``, a change of one weight: B is (out_features, r), A is (r, in_features).
+
+    Of an embedding (vocabulary, hidden), which PEFT stores the other way round, it is the change
+    of the transposed weight: B is (hidden, r), A is (r, vocabulary).
+    """
+
+    b: Any
+    a: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Factors:
     """``B @ A`` of rank r: B is (out_features, r), A is (r, in_features), both float32.
 
@@ -195,3 +207,13 @@ class Extraction:
     folder: Path
     manifest: Mapping[str, Any]
     run: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """A finished `pkt train`: where it is, what the manifest says, what it cost, its metrics."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, float]]  #: by step: loss, grad_norm, learning_rate, eval_loss

@@ -8,5 +8,17 @@ from pkt.api.extracting import (
     prepare,
     require_fit,
 )
+from pkt.api.training import execute_training, pick_device, prepare_training, train
 
-__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "require_fit"]
+__all__ = [
+    "check_device",
+    "execute",
+    "execute_training",
+    "extract",
+    "inspect",
+    "pick_device",
+    "prepare",
+    "prepare_training",
+    "require_fit",
+    "train",
+]

@@ -122,7 +122,7 @@ def prepare(
         ("split", split, Split),
         ("template", template, Template),
     ):
-        _require_choice(option, value, kind)
+        require_choice(option, value, kind)
     table = load_aliases(None) if aliases is None else aliases
     big = open_model(teacher, table, "teacher")
     small = open_model(student, table, "student")
@@ -155,7 +155,7 @@ def prepare(
         seed=seed,
     )  # fmt: skip
     options = {"template": read.template, "max_tokens": max_tokens, "limit": limit}
-    return Task(big, small, read, pairs, plan, config, options, _base_name(small))
+    return Task(big, small, read, pairs, plan, config, options, base_name(small))
 
 
 def extract(
@@ -215,7 +215,7 @@ def execute(
     if not overwrite and (manifest := finished(folder, task.identity())):
         record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         return Extraction(folder, manifest, record)
-    _require_choice("io", io, IoMode)
+    require_choice("io", io, IoMode)
     require_fit(task.plan)
     check_device(device)
     mode = choose_io(task.teacher.checkpoint, memory_limit()[0])[0] if io == "auto" else io
@@ -287,7 +287,8 @@ def description(model: Model) -> dict[str, Any]:
     }
 
 
-def _require_choice(option: str, value: str, kind: Any) -> None:
+def require_choice(option: str, value: str, kind: Any) -> None:
+    """Raise `UsageError` unless ``value`` is one of the literals of ``kind``."""
     if value not in get_args(kind):
         raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(kind))}")
 
@@ -307,7 +308,8 @@ def _vocabulary_problems(teacher: Model, student: Model) -> list[str]:
     ]
 
 
-def _base_name(model: Model) -> str:
+def base_name(model: Model) -> str:
+    """The model as an adapter and its card name it: hub id, or folder as given."""
     return model.source if not Path(model.source).is_dir() else str(Path(model.source))
 
 

@@ -25,6 +25,7 @@ from pkt.cli.extract import extract
 from pkt.cli.inspect import inspect
 from pkt.cli.interrupts import Interrupts
 from pkt.cli.options import Session
+from pkt.cli.train import train
 from pkt.errors import InterruptError, PktError
 
 BROKEN_PIPE = 141  # as a shell says it of a process that SIGPIPE ended
@@ -43,7 +44,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, env, demo):
+for command in (inspect, extract, train, env, demo):
     commands.add_command(command)
 
 

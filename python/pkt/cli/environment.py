@@ -36,6 +36,11 @@ def debugging() -> bool:
     return os.environ.get("PKT_DEBUG", "0") not in ("", "0")
 
 
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are, as `accelerate launch` or torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def stay_offline() -> None:
     """No download: a hub id is looked up in the local cache alone (before the hub is imported)."""
     os.environ["HF_HUB_OFFLINE"] = "1"

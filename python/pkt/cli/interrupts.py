@@ -2,14 +2,17 @@
 
 Not an `Exception`: code that turns every failure of a library into a message of its own must not
 catch it. It can still be lost where Python calls back from C, so `check` raises it again at the
-next step of the run. A second signal acts as if pkt had no handler.
+next step of the run. A long step that must not be lost (of training) defers it to its end instead.
+A second signal acts as if pkt had no handler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -25,6 +28,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._deferring = False
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
 
@@ -43,10 +47,20 @@ class Interrupts:
         if self.received is not None:
             raise Interruption
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[Callable[[], bool]]:
+        """While the block runs, a signal only makes the yielded question true."""
+        self._deferring = True
+        try:
+            yield lambda: self.received is not None
+        finally:
+            self._deferring = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
-        self.check()
+        if not self._deferring:
+            self.check()
 
     def _unraisable(self, lost: Any) -> None:
         """An interruption that was lost needs no traceback: `check` will raise it again."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
 from pkt.cli.interrupts import Interrupts
+from pkt.config import load_yaml
 from pkt.records import Select
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,6 +37,16 @@ def _names(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str,
     return names
 
 
+def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path:
+        known = {p.name for p in ctx.command.params if p.name} - {"config", "help", "as_json"}
+        loaded = load_yaml(path, frozenset(known | {"json"}))
+        if "json" in loaded:
+            loaded["as_json"] = loaded.pop("json")
+        ctx.default_map = {**(ctx.default_map or {}), **loaded}
+    return path
+
+
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several option decorators as one, in reading order."""
 
@@ -51,6 +63,21 @@ models = together(
     click.option("--student", metavar="MODEL", help="Small model: folder, hub id or alias."),
 )
 
+targets = click.option(
+    "--targets",
+    type=click.UNPROCESSED,
+    callback=_names,
+    metavar="q,k,…",
+    help="Roles (q, k, v, o, gate, up, down) or module names.  [default: all]",
+)
+max_ram = click.option(
+    "--max-ram",
+    default="auto",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory the process may hold, such as 8GiB; auto: nine tenths of what is free.",
+)
+
 shape = together(
     click.option(
         "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapter."
@@ -62,13 +89,7 @@ shape = together(
         show_default=True,
         help="What is taken of a chosen matrix.",
     ),
-    click.option(
-        "--targets",
-        type=click.UNPROCESSED,
-        callback=_names,
-        metavar="q,k,…",
-        help="Roles (q, k, v, o, gate, up, down) or module names.  [default: all]",
-    ),
+    targets,
     click.option(
         "--embeddings/--no-embeddings",
         default=False,
@@ -88,13 +109,7 @@ shape = together(
         show_default=True,
         help="First so many rows are the seeds; 0: all.",
     ),
-    click.option(
-        "--max-ram",
-        default="auto",
-        show_default=True,
-        metavar="SIZE",
-        help="Memory the process may hold, such as 8GiB; auto: nine tenths of what is free.",
-    ),
+    max_ram,
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -104,5 +119,13 @@ shape = together(
     ),
 )
 
+config = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE.yaml",
+    is_eager=True,
+    callback=_use_config,
+    help="Options as YAML, spelled as here; the command line wins.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Errors and the result only.")

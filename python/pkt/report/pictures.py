@@ -59,14 +59,14 @@ def draw(
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        pictures = {"layer_scores.png": _png(_layer_scores(manifest))}
+        pictures = {"layer_scores.png": as_png(_layer_scores(manifest))}
         if spectra:
-            pictures["spectra.png"] = _png(_spectra(spectra, energy))
+            pictures["spectra.png"] = as_png(_spectra(spectra, energy))
         if outside := by_layer.pop(OUTSIDE, []):
-            pictures["sensitivity_embeddings.png"] = _png(_profiles(manifest, heat, outside))
+            pictures["sensitivity_embeddings.png"] = as_png(_profiles(manifest, heat, outside))
         for layer, keys in sorted(by_layer.items()):
             name = f"sensitivity_layer_{layer:0{digits}d}.png"
-            pictures[name] = _png(_sensitivity(manifest, heat, keys, layer))
+            pictures[name] = as_png(_sensitivity(manifest, heat, keys, layer))
     return pictures
 
 
@@ -91,7 +91,7 @@ def _layer_scores(manifest: Mapping[str, Any]) -> Figure:
     step = next(step for step in (1, 2, 5, 10, len(scores)) if len(scores) <= 32 * step)
     axes.set_xticks(range(0, len(scores), step))
     note = f"blue: the {len(kept)} of {len(scores)} layers that are kept, each below the number "
-    _title(figure, "Sensitivity of the teacher's layers", note + "of the student layer it feeds")
+    title(figure, "Sensitivity of the teacher's layers", note + "of the student layer it feeds")
     return figure
 
 
@@ -124,7 +124,7 @@ def _sensitivity(
         "top-weights": "single weights are chosen, so no window is outlined",
         "random-weights": "single weights are chosen, so no window is outlined",
     }.get(select, "outlined: the window that the student takes")
-    _title(
+    title(
         figure,
         f"Student layer {layer} from teacher layer {manifest['layers'][layer]}",
         f"mean |θ·∂L/∂θ| of a weight, by bin, log scale; {shown}",
@@ -173,7 +173,7 @@ def _profiles(manifest: Mapping[str, Any], heat: Mapping[str, Heat], keys: list[
         axes.axvspan(*cols, facecolor=WINDOW, alpha=0.12, zorder=0)
         axes.vlines(cols, *axes.get_ylim(), color=WINDOW, linewidth=1.8, clip_on=False)
         _heading(axes, key, [f"columns {cols[0]}:{cols[1]} of {scores.cols}"])
-    _title(
+    title(
         figure,
         "Embeddings and head",
         "mean |θ·∂L/∂θ| of a weight, by column, log scale; orange: what the student takes",
@@ -206,7 +206,7 @@ def _spectra(spectra: Mapping[str, Sequence[float]], energy: Mapping[str, float]
             lines = [f"{lines[0]}  ({min(shares):.2f} to {max(shares):.2f})"]
         _heading(axes, kind, lines)
     _colour_bar(figure, ScalarMappable(depth, DEPTH), "student layer")
-    _title(
+    title(
         figure,
         "Singular values of the windows",
         "the leading ones, by kind of module; ‖BA‖/‖W‖: what the factors keep of a window's norm",
@@ -265,10 +265,11 @@ def _log_ticks(axes: Any) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _title(figure: Figure, title: str, note: str) -> None:
+def title(figure: Figure, heading: str, note: str) -> None:
+    """A picture's heading, and below it in grey what is drawn."""
     height = figure.get_size_inches()[1]
     left = 0.12 / WIDTH
-    figure.text(left, 1 - 0.26 / height, title, fontsize=12, fontweight="bold")
+    figure.text(left, 1 - 0.26 / height, heading, fontsize=12, fontweight="bold")
     figure.text(left, 1 - 0.48 / height, note, fontsize=8.5, color=QUIET)
 
 
@@ -281,7 +282,8 @@ def _heading(axes: Any, name: str, lines: Sequence[str], above: float = 0) -> No
     axes.annotate(name, (0, 1), (0, above), fontsize=9.5, fontweight="bold", **place)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """A figure as a PNG file without date or version."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -24,11 +24,11 @@ import torch
 
 from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_adapter
 from pkt.card import model_card
-from pkt.host import PeakMeter
-from pkt.methods.seeking.record import Costs, as_json, manifest, run_record
+from pkt.host import Costs, PeakMeter
+from pkt.methods.seeking.record import manifest, run_record
 from pkt.methods.seeking.steps import Notify, Start, extract_start, require_linear, score
 from pkt.methods.seeking.task import DTYPES, Config, Task
-from pkt.output import MANIFEST, publish, run_folder
+from pkt.output import MANIFEST, as_json, publish, run_folder
 from pkt.records import Extraction, Factors
 from pkt.report import write_report
 from pkt.selection import pick_layers

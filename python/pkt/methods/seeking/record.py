@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from pkt.host import PeakMeter, describe
+from pkt.host import Costs, PeakMeter, describe
 from pkt.methods.seeking.steps import Scores
 from pkt.methods.seeking.task import Task
 from pkt.records import Window
 from pkt.stream import CheckpointSource
-
-
-@dataclass
-class Costs:
-    """What the run took."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the block's seconds under ``name``."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def manifest(
@@ -80,8 +62,3 @@ def run_record(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "host": describe(),
     }
-
-
-def as_json(value: Any) -> str:
-    """One field a line."""
-    return json.dumps(value, indent=1) + "\n"

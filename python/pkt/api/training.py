@@ -1,0 +1,268 @@
+"""`pkt.train`: fine-tune a student from a start, and export the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pkt.api.extracting import base_name, budget, check_device, compute_dtype, require_choice
+from pkt.config import format_bytes, load_aliases
+from pkt.errors import BudgetError, CheckpointError, IncompatibleError, UsageError
+from pkt.models import Model, load_tokenizer, open_model
+from pkt.records import SampleSet, Template, Tuning
+
+if TYPE_CHECKING:
+    from pkt.methods.tuning import Task
+
+Notify = Callable[[str, int, int, Mapping[str, float]], None]
+
+CONTROLS = ("lora", "pissa", "gaussian")
+SPARE = 0.05  # share of the training rows that a cut may leave without an answer
+
+
+def prepare_training(
+    student: str,
+    data: str | Path,
+    *,
+    init: str = "lora",
+    norms_from: str | Path | None = None,
+    eval_data: str | Path | None = None,
+    start: str = "residual",
+    rank: int | None = None,
+    targets: Sequence[str] | None = None,
+    embeddings: bool = False,
+    dropout: float = 0.05,
+    template: Template = "auto",
+    max_tokens: int = 2048,
+    max_examples: int = 1000,
+    dtype: str = "auto",
+    max_ram: str | None = None,
+    processes: int = 1,
+    aliases: Mapping[str, str] | None = None,
+    **schedule: Any,
+) -> Task:
+    """Open everything a training run needs; no weight is read but the start's.
+
+    Args:
+        student: folder, hub id or alias.
+        data: JSONL file of training examples, in the formats of seeds.
+        init: folder that `pkt extract` wrote, or ``lora``, ``pissa``, ``gaussian``.
+        norms_from: folder of an extraction whose ‖B₀A₀‖_F pissa and gaussian take.
+        eval_data: JSONL file of held-out examples.
+        start: ``residual``, ``scaled:c`` or ``a-only``.
+        rank: r; ``None``: the extraction's, or 16.
+        targets: roles or module names that a control adapts; ``None`` for all.
+        embeddings: whether a control adapts embedding and head too.
+        dropout: of the trained half's input.
+        template: how prompt and answer become one text.
+        max_tokens: longer examples are cut.
+        max_examples: the first so many rows are used; 0: all.
+        dtype: of the student's weights: auto, float32 or bfloat16.
+        max_ram: budget such as "8GiB"; ``None`` asks the host.
+        processes: that train together.
+        aliases: table of aliases; ``None`` for the built-in one.
+        **schedule: fields of `pkt.training.Schedule`.
+
+    Raises:
+        PktError: and its subclasses, for each input that cannot be used.
+
+    """
+    require_choice("template", template, Template)
+    model = open_model(student, load_aliases(None) if aliases is None else aliases, "student")
+    from pkt.methods.tuning import Config, Task  # torch is loaded from here on
+    from pkt.methods.tuning.starts import Form, product_norm
+    from pkt.training import Schedule
+
+    form = _form(start, Form)
+    found: Any = None
+    norms: dict[str, float] | None = None
+    origin: dict[str, Any] = {}
+    if init in CONTROLS:
+        if init == "lora" and (start != "residual" or norms_from):
+            raise UsageError("--init lora: begins at zero: it takes no --start and no --norms-from")
+        if norms_from:
+            scales, origin = _extraction(Path(norms_from), model, "--norms-from")
+            norms = {name: product_norm(half) for name, half in scales.items()}
+    else:
+        if targets or embeddings or norms_from:
+            given = "--targets" if targets else "--embeddings" if embeddings else "--norms-from"
+            raise UsageError(
+                f"{given}: the extraction says what is adapted",
+                "leave it out, or take --init lora, pissa or gaussian",
+            )
+        found, origin = _extraction(Path(init), model, "--init")
+        held = max(int(half.a.shape[0]) for half in found.values())
+        rank = held if rank is None else rank
+        if rank > held:
+            raise UsageError(f"--rank {rank}: the extraction {init} has rank {held}")
+    tokenizer = load_tokenizer(model)
+    options = {"template": template, "max_tokens": max_tokens, "positions": model.positions}
+    read = _read(Path(data), tokenizer, limit=max_examples, spare=SPARE, **options)
+    held_out = (
+        _read(Path(eval_data), tokenizer, limit=0, spare=SPARE, **options) if eval_data else None
+    )
+    computed = compute_dtype(model, dtype)
+    _require_room(model, computed, budget(max_ram))
+    config = Config(
+        init=init if init in CONTROLS else "extracted", form=form, rank=rank or 16,
+        targets=tuple(targets) if targets else None, embeddings=embeddings, dropout=dropout,
+        dtype=computed, schedule=_schedule(Schedule, schedule),
+    )  # fmt: skip
+    kept = {"template": read.template, "max_tokens": max_tokens, "max_examples": max_examples}
+    return Task(
+        model, tokenizer, read, held_out, found, norms, origin, config, kept, base_name(model),
+        processes,
+    )  # fmt: skip
+
+
+def execute_training(
+    task: Task,
+    folder: Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    save_steps: int = 0,
+    notify: Notify = lambda phase, done, total, metrics: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tuning:
+    """Run what `prepare_training` made; a finished run with the same inputs is returned."""
+    from pkt.methods import tuning
+    from pkt.output import ADAPTER, finished
+
+    place = pick_device(device)
+    identity = {**task.identity(), "device": place}
+    results = (*ADAPTER, "metrics.jsonl")
+    if not overwrite and (manifest := finished(folder, identity, results)):
+        record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return Tuning(folder, manifest, record, [json.loads(line) for line in lines])
+    return tuning.run(
+        task, folder, device=place, overwrite=overwrite, save_steps=save_steps, notify=notify,
+        stop=stop,
+    )  # fmt: skip
+
+
+def train(
+    student: str,
+    data: str | Path,
+    output_dir: str | Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    save_steps: int = 0,
+    notify: Notify = lambda phase, done, total, metrics: None,
+    stop: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> Tuning:
+    """Fine-tune ``student`` on ``data`` from a start, and export the adapter to ``output_dir``.
+
+    Args:
+        student: folder, hub id or alias.
+        data: JSONL file.
+        output_dir: new, empty, or this very run's: the same call continues it.
+        device: "auto" (CUDA where present), "cpu" or "cuda".
+        overwrite: replace what an earlier run left there.
+        save_steps: steps between checkpoints; 0: one about every five minutes.
+        notify: told of (phase, steps done, steps in all, metrics).
+        stop: asked after every step; if true, a checkpoint is kept and `KeyboardInterrupt` raised.
+        **options: of `prepare_training`.
+
+    Raises:
+        PktError: and its subclasses.
+
+    """
+    return execute_training(
+        prepare_training(student, data, **options), Path(output_dir), device=device,
+        overwrite=overwrite, save_steps=save_steps, notify=notify, stop=stop,
+    )  # fmt: skip
+
+
+def pick_device(device: str) -> str:
+    """``auto`` is CUDA where there is one; any other is checked."""
+    if device == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
+def _form(start: str, form: Any) -> Any:
+    name, _, scale = start.partition(":")
+    if name == "scaled" and scale:
+        try:
+            value = float(scale)
+        except ValueError:
+            value = 0.0
+        if 0 < value < float("inf"):
+            return form("scaled", value)
+    elif name in ("residual", "a-only") and not scale:
+        return form(name)
+    raise UsageError(f"--start {start}: expected residual, a-only or scaled:c with c > 0")
+
+
+def _schedule(kind: Any, given: Mapping[str, Any]) -> Any:
+    schedule = kind(**given)
+    positive = ("lr", "lr_ratio", "epochs", "batch_size", "micro_batch")
+    for name in positive:
+        if not getattr(schedule, name) > 0:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option}: expected more than 0, found {getattr(schedule, name)}")
+    if not 0 <= schedule.warmup < 1:
+        raise UsageError(f"--warmup: expected a share from 0 to 1, found {schedule.warmup}")
+    return schedule
+
+
+def _extraction(folder: Path, student: Model, option: str) -> tuple[Any, dict[str, Any]]:
+    """The factors of an extraction for this student, and their hash."""
+    from pkt.adapter import read_factors
+
+    path = folder / "pkt_manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        method, hashes = manifest["method"], dict(manifest["student"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        known = f"lora, pissa, gaussian or {'a' if option == '--init' else 'the'} folder"
+        raise UsageError(
+            f"{option} {folder}: expected {known} that pkt extract wrote, found no {path.name}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged: {type(error).__name__} {error}") from error
+    if method != "seeking":
+        raise IncompatibleError(
+            f"{option} {folder}: expected a start of pkt extract, found a result of '{method}'"
+        )
+    if (found := hashes) != (expected := student.hashes()):
+        differing = ", ".join(k for k in expected if found.get(k) != expected[k])
+        raise IncompatibleError(
+            f"{option} {folder}: it was extracted for another student than {student.name}: "
+            f"{differing} differ",
+            "extract again with this --student",
+        )
+    factors = read_factors(folder)
+    digest = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return factors, {"select": manifest["options"]["select"], "adapter_sha256": digest}
+
+
+def _read(path: Path, tokenizer: Any, **options: Any) -> SampleSet:
+    from pkt.samples import read_samples
+
+    return read_samples(path, tokenizer, **options)
+
+
+def _require_room(student: Model, dtype: str, allowed: tuple[int, str]) -> None:
+    elements = sum(p.elements for layer in student.checkpoint.layers for p in layer.values())
+    elements += sum(p.elements for p in student.checkpoint.outer.values())
+    held = elements * (4 if dtype == "F32" else 2)
+    if held > allowed[0]:
+        raise BudgetError(
+            f"{student.folder}: its weights alone hold {format_bytes(held)} while it trains; "
+            f"{allowed[1]} allows {format_bytes(allowed[0])}",
+            "train on a larger host" + (", or with --dtype bfloat16" if dtype == "F32" else ""),
+        )
+
+
+__all__ = ["execute_training", "pick_device", "prepare_training", "train"]

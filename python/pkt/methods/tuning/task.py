@@ -1,0 +1,86 @@
+"""What a training run is asked to do: its options, and its opened inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import pkt
+from pkt.methods.tuning.starts import Form
+from pkt.models import Model
+from pkt.records import LowRank, SampleSet
+from pkt.training import Schedule
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The options that change the result of a training run, the schedule's among them."""
+
+    init: str = "lora"  #: "extracted", "lora", "pissa" or "gaussian"
+    form: Form = field(default_factory=Form)
+    rank: int = 16
+    targets: tuple[str, ...] | None = None  #: of lora, pissa and gaussian; None: all projections
+    embeddings: bool = False  #: of the same: embedding and head too
+    dropout: float = 0.05
+    dtype: str = "BF16"  #: of the student's weights: "F32" or "BF16"
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Everything that a training run needs, opened and found to fit."""
+
+    student: Model
+    tokenizer: Any
+    samples: SampleSet
+    held_out: SampleSet | None
+    start: Mapping[str, LowRank] | None  #: of an extraction, by full module name
+    norms: Mapping[str, float] | None  #: ‖B₀A₀‖_F of an extraction, by the same names
+    origin: Mapping[str, Any]  #: hashes of the extraction that start or norms come from
+    config: Config
+    data_options: Mapping[str, Any]  #: template, max_tokens, max_examples
+    base_model: str  #: the student as the user named it, for the adapter and its card
+    processes: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run this run: the manifest without what it found."""
+        config, schedule = self.config, asdict(self.config.schedule)
+        return {
+            "format": 1,
+            "pkt": pkt.__version__,
+            "method": "tuning",
+            "student": self.student.hashes(),
+            "start": {
+                "init": config.init,
+                "form": config.form.name,
+                "scale": config.form.scale,
+                **self.origin,
+            },
+            "data": _describe(self.samples),
+            "eval_data": _describe(self.held_out) if self.held_out else None,
+            "options": {
+                "rank": config.rank,
+                "targets": list(config.targets) if config.targets else None,
+                "embeddings": config.embeddings,
+                "dropout": config.dropout,
+                "dtype": config.dtype,
+                **schedule,
+                **self.data_options,
+            },
+            "processes": self.processes,
+        }
+
+
+def _describe(samples: SampleSet) -> dict[str, Any]:
+    return {
+        "count": len(samples.samples),
+        "left_out": len(samples.masked),
+        "tokens": samples.tokens,
+        "loss_tokens": samples.loss_tokens,
+        "sha256": samples.sha256,
+    }

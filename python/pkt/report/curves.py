@@ -1,0 +1,113 @@
+"""A finished training run as one picture and one page: loss by step, held-out loss beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from pkt.errors import OutputError
+from pkt.report.pictures import ACCENT, INK, PALE, QUIET, STYLE, WIDTH, WINDOW, as_png, title
+
+Metrics = Sequence[Mapping[str, float]]
+
+
+def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) -> Path:
+    """Write ``loss.png`` and ``index.html``, which embeds it, and return the page's path.
+
+    Args:
+        folder: where to write; made if missing.
+        manifest: the training run's ``pkt_manifest.json``.
+        metrics: rows with ``step`` and ``loss``, ``learning_rate`` or ``eval_loss``.
+
+    Raises:
+        OutputError: the folder cannot be written.
+
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        picture = as_png(_losses(metrics))
+    page = _page(manifest, metrics, picture)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "loss.png").write_bytes(picture)
+        (folder / "index.html").write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(f"{folder}: the report cannot be written: {error.strerror}") from error
+    return folder / "index.html"
+
+
+def _losses(metrics: Metrics) -> Figure:
+    figure = Figure(figsize=(WIDTH, 5.4))
+    upper = figure.add_axes((0.065, 0.36, 0.925, 0.50))
+    lower = figure.add_axes((0.065, 0.09, 0.925, 0.17), sharex=upper)
+    steps, losses = _column(metrics, "loss")
+    upper.plot(steps, losses, color=PALE, lw=1)
+    upper.plot(steps, _smoothed(losses), color=ACCENT, lw=1.6)
+    _label(upper, steps, _smoothed(losses), "training, smoothed", ACCENT)
+    at, held_out = _column(metrics, "eval_loss")
+    if at.size:
+        upper.plot(at, held_out, color=WINDOW, lw=1.2, marker="o", ms=4)
+        upper.axhline(held_out[0], color=QUIET, lw=0.8, ls=(0, (4, 3)))
+        upper.annotate(
+            "the student, held out", (steps[-1], held_out[0]), (0, 3),
+            textcoords="offset points", ha="right", color=QUIET, fontsize=7.5,
+        )  # fmt: skip
+        _label(upper, at, held_out, "held out", WINDOW)
+    upper.set_ylabel("loss, nats a token")
+    upper.grid(axis="y", color=PALE, lw=0.5)
+    upper.tick_params(labelbottom=False)
+    rate_steps, rates = _column(metrics, "learning_rate")
+    lower.plot(rate_steps, rates, color=INK, lw=1.2)
+    lower.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    lower.grid(axis="y", color=PALE, lw=0.5)
+    title(figure, "Loss by step", "grey: each step's own examples; blue: their moving average")
+    return figure
+
+
+def _label(axes: Any, x: Any, y: Any, text: str, colour: str) -> None:
+    """A curve's name above its end."""
+    axes.annotate(
+        text, (x[-1], y[-1]), (0, 6), textcoords="offset points", ha="right", color=colour,
+        fontsize=8, fontweight="bold",
+    )  # fmt: skip
+
+
+def _column(metrics: Metrics, name: str) -> tuple[Any, Any]:
+    rows = [row for row in metrics if name in row]
+    return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows])
+
+
+def _smoothed(values: Any) -> Any:
+    """Exponential moving average over about a twentieth of the run, without a start-up bias."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight)
+    return np.array(smooth)
+
+
+def _page(manifest: Mapping[str, Any], metrics: Metrics, picture: bytes) -> str:
+    source = resources.files("pkt").joinpath("data/curves.html.j2").read_text(encoding="utf-8")
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    options = {
+        name.replace("_", "-"): value if isinstance(value, str) else json.dumps(value)
+        for name, value in sorted(manifest["options"].items())
+        if value is not None
+    }
+    return page.render(
+        manifest=manifest,
+        options=options,
+        held_out=[row for row in metrics if "eval_loss" in row],
+        picture=base64.b64encode(picture).decode(),
+    )

@@ -1,0 +1,22 @@
+"""LoRA fine-tuning from a start: the student is its own function at step 0, then it learns.
+
+Scheduling, accumulation, mixed precision, checkpoints and processes are transformers' Trainer's;
+what is ours is how a start enters the model (`inject`), the proof that nothing has changed by it
+(`first_logits`, `StepZero`), and which checkpoint a killed run continues from.
+"""
+
+from pkt.training.injection import frozen_factors, inject, trained_factors
+from pkt.training.loop import Schedule, fit, steps_in_all
+from pkt.training.stepzero import StepZero, compare_logits, first_logits
+
+__all__ = [
+    "Schedule",
+    "StepZero",
+    "compare_logits",
+    "first_logits",
+    "fit",
+    "frozen_factors",
+    "inject",
+    "steps_in_all",
+    "trained_factors",
+]

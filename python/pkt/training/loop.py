@@ -1,0 +1,266 @@
+"""The steps themselves, by transformers' Trainer; what a resumed run ends with is the same.
+
+Bit-equal on the CPU, whether a run is interrupted or not: the order of the examples follows from
+the seed, and a checkpoint holds the adapter, the optimizer, the schedule and the state of every
+random generator.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import set_seed
+
+from pkt.errors import PktError, UsageError
+from pkt.records import Sample
+from pkt.training.checkpoints import mark_complete, newest_complete
+from pkt.training.injection import ADAPTER
+from pkt.training.processes import any_process, wait_for_all
+
+Metrics = Mapping[str, float]
+Notify = Callable[[int, int, Metrics], None]
+HeldOut = Callable[[Any], float]
+
+IGNORED = -100  # the label of a token that does not count, torch's and transformers' convention
+_SECONDS_BETWEEN_CHECKPOINTS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast to train; the defaults are arXiv 2310.11451's."""
+
+    lr: float = 3e-4
+    lr_ratio: float = 1.0  #: learning rate of B over that of A (LoRA+, arXiv 2402.12354)
+    epochs: float = 3.0
+    max_steps: int = -1  #: -1: as many as the epochs have
+    batch_size: int = 64  #: examples a step, over all processes
+    micro_batch: int = 4  #: of them at once in one process
+    warmup: float = 0.03  #: share of the steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = True
+    autocast: bool = False  #: transformers' bf16 mixed precision
+    eval_steps: int = 0  #: 0: at the end of every epoch
+    seed: int = 0
+
+
+def fit(
+    model: Any,
+    samples: Sequence[Sample],
+    schedule: Schedule,
+    folder: Path,
+    *,
+    held_out: HeldOut | None = None,
+    notify: Notify = lambda step, steps, metrics: None,
+    stop: Callable[[], bool] = lambda: False,
+    save_steps: int = 0,
+) -> list[dict[str, float]]:
+    """Train the factors of ``model`` in place; linear decay after a linear warm-up, AdamW.
+
+    Args:
+        model: what `inject` returned, on its device.
+        samples: the training examples.
+        schedule: how long and how fast.
+        folder: of this run's checkpoints; the newest whole one is continued.
+        held_out: mean loss of the model on data it does not learn from, in nats a token.
+        notify: told of (step, steps in all, metrics) after each step and each evaluation.
+        stop: asked after every step; if true, a checkpoint is written and training ends early.
+        save_steps: steps between checkpoints; 0: one about every five minutes.
+
+    Returns:
+        metrics by step: ``loss`` (nats a token, mean over the step's answer tokens),
+        ``grad_norm``, ``learning_rate``, and ``eval_loss`` where it was measured.
+
+    Raises:
+        PktError: the loss is NaN or infinite, or no parameter asks for gradients.
+
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise PktError("training: no parameter asks for gradients: nothing would be trained")
+    set_seed(schedule.seed)
+    arguments = _arguments(schedule, len(samples), folder, held_out is not None, model.device)
+    watch = _Watch(notify, stop, save_steps)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Examples(samples),
+        eval_dataset=_Examples(samples[:1]) if held_out else None,
+        data_collator=_pad,
+        callbacks=[watch],
+    )
+    trainer.held_out, trainer.lr_ratio = held_out, schedule.lr_ratio
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_complete(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    kept = ("loss", "grad_norm", "learning_rate", "eval_loss")
+    return [
+        {"step": entry["step"], "epoch": entry["epoch"]} | {k: entry[k] for k in kept if k in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def steps_in_all(examples: int, schedule: Schedule) -> int:
+    """Steps that a run of ``examples`` training examples takes."""
+    if schedule.max_steps > 0:
+        return schedule.max_steps
+    return math.ceil(math.ceil(examples / schedule.batch_size) * schedule.epochs)
+
+
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """The Trainer, with our held-out loss, B's own learning rate, and adapters alone on disk."""
+
+    held_out: HeldOut | None
+    lr_ratio: float
+    control: Any
+    optimizer: Any
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        assert self.held_out is not None
+        metrics = {"eval_loss": self.held_out(self.model)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self.lr_ratio != 1.0:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            second = [p for n, p in named if "lora_B" in n or "lora_embedding_B" in n]
+            first = [p for n, p in named if "lora_A" in n or "lora_embedding_A" in n]
+            options["weight_decay"] = self.args.weight_decay
+            groups = [
+                {"params": first},
+                {"params": second, "lr": self.args.learning_rate * self.lr_ratio},
+            ]
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The Trainer's own would add whole base embeddings where these are adapted.
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        state = load_file(f"{resume_from_checkpoint}/adapter_model.safetensors")
+        result = set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        assert not missing, missing
+        assert not result.unexpected_keys, result.unexpected_keys
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Progress, stopping, and when to keep a checkpoint."""
+
+    def __init__(self, notify: Notify, stop: Callable[[], bool], save_steps: int) -> None:
+        self._notify, self._stop, self._save_steps = notify, stop, save_steps
+        self._saved = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        for name in ("loss", "eval_loss"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise PktError(
+                    f"training: {name.replace('_', ' ')} is {logs[name]} at step "
+                    f"{state.global_step} of {state.max_steps}",
+                    "lower --lr, or compute in --dtype float32",
+                )
+        if "loss" in logs or "eval_loss" in logs:
+            self._notify(state.global_step, state.max_steps, logs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        stopping = any_process(self._stop(), args.device)
+        control.should_training_stop |= stopping
+        if self._save_steps:
+            due = state.global_step % self._save_steps == 0
+        else:
+            elapsed = time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
+            due = any_process(elapsed, args.device)
+        control.should_save |= stopping or due
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait_for_all()  # each process writes the state of its own generators
+        if args.should_save:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._saved = time.monotonic()
+
+
+class _Examples(torch.utils.data.Dataset[Sample]):
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+
+def _pad(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """A batch (samples, longest): token ids, what is text, and labels of what counts."""
+    longest = max(len(sample.tokens) for sample in samples)
+    ids = torch.zeros(len(samples), longest, dtype=torch.long)
+    attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, sample in enumerate(samples):
+        tokens, size = torch.tensor(sample.tokens), len(sample.tokens)
+        ids[row, :size], attention[row, :size] = tokens, 1
+        labels[row, :size] = tokens.where(torch.tensor(sample.loss_mask), IGNORED)
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+
+def _arguments(
+    schedule: Schedule, examples: int, folder: Path, evaluating: bool, device: torch.device
+) -> TrainingArguments:
+    by_step = bool(schedule.eval_steps)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        learning_rate=schedule.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(schedule.warmup * steps_in_all(examples, schedule)),
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
+        num_train_epochs=schedule.epochs,
+        max_steps=schedule.max_steps,
+        gradient_checkpointing=schedule.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=schedule.autocast,
+        seed=schedule.seed,
+        eval_strategy=("steps" if by_step else "epoch") if evaluating else "no",
+        eval_steps=schedule.eval_steps or None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    # How a step is divided follows from the number of processes, which the arguments know.
+    share, left = divmod(schedule.batch_size, arguments.world_size)
+    if left or not share:
+        raise UsageError(
+            f"--batch-size {schedule.batch_size}: expected a multiple of the "
+            f"{arguments.world_size} processes"
+        )
+    micro = max(size for size in range(1, schedule.micro_batch + 1) if share % size == 0)
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = share // micro
+    return arguments
