@@ -191,7 +191,8 @@ def _perform(session: Session, task: Task, given: Mapping[str, Any], say: bool) 
         ) from error
     finally:
         steps.close()
-    tell("\n" + _summary(made))
+    if say:
+        tell("\n" + _summary(made))
     return made
 
 

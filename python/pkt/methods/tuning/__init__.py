@@ -74,6 +74,9 @@ def run(
         notify: told of each step.
         stop: asked after every step; if true, a checkpoint is kept and the run ends.
 
+    Returns:
+        the finished run; in all but the first of several processes, without what it found.
+
     Raises:
         KeyboardInterrupt: ``stop`` was true.
         PktError: and its subclasses, see `pkt.errors`.
@@ -88,9 +91,10 @@ def run(
         )  # fmt: skip
         if stop():
             raise KeyboardInterrupt
-        staged = work / "result"
         if not is_first():
-            return Tuning(folder, task.identity(), {}, trained.metrics)
+            wait_for_all()
+            return Tuning(folder, identity, {}, trained.metrics)
+        staged = work / "result"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         with costs.phase("export"):
@@ -106,6 +110,7 @@ def run(
             MANIFEST: as_json(found),
         }
         publish(folder, staged, texts)
+        wait_for_all()
     return Tuning(folder, found, record, trained.metrics)
 
 
