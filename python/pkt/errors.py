@@ -22,6 +22,10 @@ class CheckpointError(PktError):
     """A checkpoint is damaged, pickled, or holds NaN or infinite values."""
 
 
+class DivergenceError(PktError):
+    """Training diverged: its loss is NaN or infinite."""
+
+
 class OutputError(PktError):
     """The output folder is refused, not writable, in use, or its disk is full."""
 

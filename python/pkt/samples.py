@@ -123,6 +123,11 @@ def read_samples(
     return SampleSet(tuple(samples), _digest(samples), template, tuple(masked))
 
 
+def sample_set(samples: Sequence[Sample], template: str) -> SampleSet:
+    """Some samples of a set as a set of their own."""
+    return SampleSet(tuple(samples), _digest(samples), template)
+
+
 def show_sample(sample: Sample, tokenizer: Any) -> str:
     """One sample as text, its loss tokens between ⟦ and ⟧, below a line of counts.
 

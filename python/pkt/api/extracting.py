@@ -293,6 +293,11 @@ def require_choice(option: str, value: str, kind: Any) -> None:
         raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(kind))}")
 
 
+def same_vocabulary(teacher: Model, student: Model) -> bool:
+    """Whether both tokenizers give every token the same id."""
+    return not _vocabulary_problems(teacher, student)
+
+
 def _vocabulary_problems(teacher: Model, student: Model) -> list[str]:
     """Same number of rows is not enough: the tokens must be the same ones."""
     ours, theirs = vocabulary(student), vocabulary(teacher)

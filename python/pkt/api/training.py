@@ -118,6 +118,14 @@ def prepare_training(
     )  # fmt: skip
 
 
+def read_held_out(
+    task: Task, path: Path, *, template: Template = "auto", max_tokens: int = 2048
+) -> SampleSet:
+    """Samples of ``path`` as the student of ``task`` reads them, for measuring only."""
+    options = {"template": template, "max_tokens": max_tokens, "positions": task.student.positions}
+    return _read(path, task.tokenizer, limit=0, spare=SPARE, **options)
+
+
 def execute_training(
     task: Task,
     folder: Path,

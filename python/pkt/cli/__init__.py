@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import pkt
+from pkt.cli.compare import compare
 from pkt.cli.demo import demo
 from pkt.cli.env import env
 from pkt.cli.environment import debugging, set_up
@@ -44,7 +45,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, train, env, demo):
+for command in (inspect, extract, train, compare, env, demo):
     commands.add_command(command)
 
 

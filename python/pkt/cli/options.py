@@ -24,17 +24,17 @@ class Session:
     interrupts: Interrupts
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...] | None:
+def names(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...] | None:
     """``q,k,v`` on the command line, or a list in a YAML file."""
     parts = value.split(",") if isinstance(value, str) else value
     if parts is None:
         return None
     if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
         raise click.BadParameter(f"expected names, found {value!r}", ctx, param)
-    names = tuple(part.strip() for part in parts if part.strip())
-    if not names:
+    found = tuple(part.strip() for part in parts if part.strip())
+    if not found:
         raise click.BadParameter("expected at least one name", ctx, param)
-    return names
+    return found
 
 
 def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
@@ -66,7 +66,7 @@ models = together(
 targets = click.option(
     "--targets",
     type=click.UNPROCESSED,
-    callback=_names,
+    callback=names,
     metavar="q,k,…",
     help="Roles (q, k, v, o, gate, up, down) or module names.  [default: all]",
 )

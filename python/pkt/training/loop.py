@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
-from pkt.errors import PktError, UsageError
+from pkt.errors import DivergenceError, PktError, UsageError
 from pkt.records import Sample
 from pkt.training.checkpoints import mark_complete, newest_complete
 from pkt.training.injection import ADAPTER
@@ -80,7 +80,8 @@ def fit(
         ``grad_norm``, ``learning_rate``, and ``eval_loss`` where it was measured.
 
     Raises:
-        PktError: the loss is NaN or infinite, or no parameter asks for gradients.
+        DivergenceError: the loss is NaN or infinite.
+        PktError: no parameter asks for gradients.
 
     """
     if not any(p.requires_grad for p in model.parameters()):
@@ -172,7 +173,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         for name in ("loss", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
-                raise PktError(
+                raise DivergenceError(
                     f"training: {name.replace('_', ' ')} is {logs[name]} at step "
                     f"{state.global_step} of {state.max_steps}",
                     "lower --lr, or compute in --dtype float32",

@@ -37,7 +37,7 @@ from pkt.report import write_curves
 from pkt.training import StepZero, compare_logits, first_logits, fit, inject
 from pkt.training.processes import is_first, share, sum_over_processes, wait_for_all
 
-__all__ = ["Config", "Task", "run", "train"]
+__all__ = ["DTYPES", "Config", "Task", "run", "train"]
 
 Notify = Callable[[str, int, int, Mapping[str, float]], None]
 """Told of (phase, steps done, steps in all, metrics)."""

@@ -1,0 +1,142 @@
+"""The arms of a comparison: one table, one line each; a new method joins by adding its line.
+
+An arm says how its start is made (options of `pkt extract`, or none: it has seen nothing of the
+teacher) and how it is trained (options of `pkt train`). Everything else, from the data to the
+number of trained parameters, is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pkt.errors import UsageError
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to start, under test."""
+
+    name: str
+    about: str
+    extract: Options | None  #: options of the extraction it begins from; None: no teacher
+    train: Options = field(default_factory=dict)
+    examples: int = 0  #: first so many training examples; 0: all there are
+
+    @property
+    def knows_teacher(self) -> bool:
+        """Whether anything of the teacher reaches the student."""
+        return self.extract is not None
+
+    @property
+    def random_start(self) -> bool:
+        """Whether its extraction depends on the repeat."""
+        return self.knows_teacher and (
+            str((self.extract or {}).get("select")) in _RANDOM
+            or (self.extract or {}).get("layers") == "random"
+        )
+
+
+_RANDOM = ("random-window", "random-weights", "orthogonal")
+
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("lora", "plain LoRA: A uniform, B zero", None, {"init": "lora"}),
+        Arm("pissa", "the student's own leading directions", None, {"init": "pissa"}),
+        Arm("gaussian", "Gaussian, of the student's own norms", None, {"init": "gaussian"}),
+        Arm("seeking", "the paper's: window, U·Σ and Vᵀ, residual", {}),
+        Arm("seeking-balanced", "√Σ in both factors", {"split": "balanced"}),
+        Arm("seeking-scaled", "the start times 0.1", {}, {"start": "scaled:0.1"}),
+        Arm("seeking-a-only", "A in the window's subspace, B zero", {}, {"start": "a-only"}),
+        Arm("orthogonal", "random factors, the window's Σ", {"select": "orthogonal"}),
+        Arm("random-window", "a window anywhere", {"select": "random-window"}),
+        Arm("rows-cols", "the most sensitive rows and columns", {"select": "rows-cols"}),
+        Arm("top-weights", "the most sensitive single weights", {"select": "top-weights"}),
+        Arm("random-weights", "single weights anywhere", {"select": "random-weights"}),
+        Arm("random-layers", "windows of random layers", {"layers": "random"}),
+        Arm("consistent", "one index set for the whole model", {"select": "consistent"}),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """What `--vary` changes of an arm, and the values it takes unless told otherwise."""
+
+    values: Sequence[str]
+    change: Callable[[Arm, str], Arm]
+
+
+def _extract(arm: Arm, **options: Any) -> Arm:
+    return replace(arm, extract={**(arm.extract or {}), **options})
+
+
+def _both(arm: Arm, **options: Any) -> Arm:
+    changed = replace(arm, train={**arm.train, **options})
+    return _extract(changed, **options) if arm.knows_teacher else changed
+
+
+VARIATIONS: Mapping[str, Variation] = {
+    "rank": Variation(
+        ("1", "2", "4", "8", "16", "32"), lambda arm, value: _both(arm, rank=int(value))
+    ),
+    "seed-count": Variation(
+        ("1", "4", "16", "32"), lambda arm, value: _extract(arm, limit=int(value))
+    ),
+    "layers": Variation(
+        ("sensitivity", "random", "first", "last"),
+        lambda arm, value: _extract(arm, layers=value),
+    ),
+    "targets": Variation(
+        ("q,k,v,o", "gate,up,down", "q,k,v,o,gate,up,down"),
+        lambda arm, value: _both(arm, targets=tuple(value.split(","))),
+    ),
+    "select": Variation(
+        ("window", "rows-cols", "top-weights", "random-window", "random-weights", "orthogonal"),
+        lambda arm, value: _extract(arm, select=value),
+    ),
+    "split": Variation(("paper", "balanced"), lambda arm, value: _extract(arm, split=value)),
+    "examples": Variation(
+        ("30", "100", "300", "1000"), lambda arm, value: replace(arm, examples=int(value))
+    ),
+}
+_OF_EXTRACTION = ("seed-count", "layers", "select", "split")
+
+
+def chosen(names: Sequence[str]) -> list[Arm]:
+    """The arms of these names, in the table's order.
+
+    Raises:
+        UsageError: an arm that is not in the table.
+
+    """
+    for name in names:
+        if name not in ARMS:
+            raise UsageError(f"--arms: no arm '{name}'", f"known: {', '.join(ARMS)}")
+    return [arm for name, arm in ARMS.items() if name in names]
+
+
+def varied(arm: Arm, kind: str, values: Sequence[str] | None) -> list[Arm]:
+    """``arm`` once for each value of what is varied, named ``arm kind=value``.
+
+    Raises:
+        UsageError: a variation that is not known, a value that it does not take, or one of the
+            extraction for an arm that has none.
+
+    """
+    if kind not in VARIATIONS:
+        raise UsageError(f"--vary: no variation '{kind}'", f"known: {', '.join(VARIATIONS)}")
+    if kind in _OF_EXTRACTION and not arm.knows_teacher:
+        raise UsageError(f"--vary {kind}: arm '{arm.name}' extracts nothing")
+    variation = VARIATIONS[kind]
+    try:
+        return [
+            replace(variation.change(arm, value), name=f"{arm.name} {kind}={value}")
+            for value in values or variation.values
+        ]
+    except ValueError as error:
+        raise UsageError(f"--vary {kind}: {error}") from error
