@@ -16,7 +16,7 @@ __all__ = ["__version__", "extract", "inspect"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("extract", "inspect"):
+    if name in ("extract", "inspect", "train"):
         from pkt import api
 
         return getattr(api, name)

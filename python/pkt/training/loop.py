@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,16 @@ def _pad(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The two arguments under the names that this transformers has for them."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in known else "gradient"
+    return {
+        f"{name}_checkpointing": wanted,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+
 def _arguments(
     schedule: Schedule, examples: int, folder: Path, evaluating: bool, device: torch.device
 ) -> TrainingArguments:
@@ -236,8 +246,7 @@ def _arguments(
         max_grad_norm=schedule.max_grad_norm,
         num_train_epochs=schedule.epochs,
         max_steps=schedule.max_steps,
-        gradient_checkpointing=schedule.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(schedule.gradient_checkpointing),
         bf16=schedule.autocast,
         seed=schedule.seed,
         eval_strategy=("steps" if by_step else "epoch") if evaluating else "no",
