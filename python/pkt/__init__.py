@@ -1,7 +1,7 @@
 """Moves knowledge from a very large language model into a small one.
 
-`pkt.extract` and `pkt.inspect` do what the commands of the same names do and return the records
-of `pkt.records`. Importing pkt loads no torch.
+`pkt.inspect`, `pkt.extract` and `pkt.train` do what the commands of the same names do and return
+the records of `pkt.records`. Importing pkt loads no torch.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkt.api import extract, inspect
+    from pkt.api import extract, inspect, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "extract", "inspect"]
+__all__ = ["__version__", "extract", "inspect", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("extract", "inspect", "train"):
+    if name in __all__:
         from pkt import api
 
         return getattr(api, name)
