@@ -25,8 +25,8 @@ read secrets     environment, descriptors, arguments and folder are fixed and it
 ===============  =================================================================================
 
 Where the host gives no namespaces (a container, say), root can still use an unused uid, Landlock
-and the system call filter; the folder then lies in the host's temporary folder and only each file
-in it is bounded. Where neither is possible, nothing runs.
+and the system call filter; the folder then lies in the host's temporary folder, and the launcher
+adds up its files as it does memory. Where neither is possible, nothing runs.
 
 A program has passed when its last statement has ended without an exception in the process that
 began it, and not before: printing, exiting early or a forked child do not count. The harness then
@@ -48,6 +48,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -155,7 +156,7 @@ def run_all(
     Args:
         programs: Python source texts.
         limits: of each program.
-        workers: programs at a time; by default one per two cores, at least 1, at most 8.
+        workers: programs at a time; by default one per core, at most 8.
         notify: told of ("programs", ended, in all).
 
     Raises:
@@ -166,7 +167,7 @@ def run_all(
     if workers is not None and workers < 1:
         raise UsageError(f"workers: expected 1 or more, found {workers}")
     mode, _ = _way()
-    count = workers or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    count = workers or min(8, len(os.sched_getaffinity(0)))
     launches = [_Launch(_job(program, mode, limits)) for program in programs]
     pool = ThreadPoolExecutor(count, thread_name_prefix="pkt-sandbox")
     try:
@@ -192,34 +193,34 @@ class _Launch:
 
     def answer(self) -> dict[str, Any]:
         """Its answer; raises `PktError` where the sandbox failed."""
+        command = [self._job.python, "-I", "-S", "-c", _BOOT, str(_FOLDER.parent), str(_FOLDER)]
         with self._lock:
             if self._stopped:
                 raise PktError("the sandbox was stopped")
-            command = [self._job.python, "-I", "-S", "-c", _BOOT, str(_FOLDER.parent), str(_FOLDER)]
             process = self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 env={}, cwd="/", start_new_session=True, bufsize=0,
             )  # fmt: skip
-        assert process.stdin
-        assert process.stdout
-        assert process.stderr
-        try:
+            assert process.stdin
+            assert process.stdout
+            assert process.stderr
             _send(process.stdin.fileno(), encode(self._job._asdict()))
-            said = process.stdout.read()
-        finally:
-            self.stop()
-            errors = process.stderr.read()
-            code = process.wait()
-            process.stdout.close()
-            process.stderr.close()
+        with process.stdout, process.stderr:
+            try:
+                said = process.stdout.read()
+            finally:  # its input ends, so it ends, also where reading was interrupted
+                with self._lock:
+                    process.stdin.close()
+                errors = process.stderr.read()
+                code = process.wait()
         return _decoded(said, code, errors)
 
     def stop(self) -> None:
-        """Close the launcher's input, at which it ends everything and itself."""
+        """Let it end everything and itself, if it has begun and not ended."""
         with self._lock:
             self._stopped = True
             if self._process and self._process.stdin and not self._process.stdin.closed:
-                self._process.stdin.close()
+                self._process.terminate()
 
 
 def _send(place: int, data: bytes) -> None:
@@ -294,6 +295,7 @@ def _job(program: str, mode: str, limits: Limits) -> Job:
         processes=limits.processes,
         file_bytes=limits.file_bytes,
         output_bytes=limits.output_bytes,
+        temporary=tempfile.gettempdir(),
     )
 
 

@@ -28,6 +28,7 @@ class Job(NamedTuple):
     processes: int
     file_bytes: int
     output_bytes: int
+    temporary: str  # where `uid` makes the program's folder
     # added by the launcher
     folder: str = INSIDE_FOLDER
     uid: int = 0  # of the program, as the launcher sees it; 0: the launcher's own

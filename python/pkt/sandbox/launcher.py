@@ -9,11 +9,11 @@ failed. The end of its standard input is the end of the parent: then everything 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -37,6 +37,7 @@ class SandboxError(Exception):
 def main() -> None:
     """Serve one job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
     size = int.from_bytes(sys.stdin.buffer.read(8), "big")
     job = Job(**json.loads(sys.stdin.buffer.read(size)))
     try:
@@ -46,6 +47,10 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.buffer.write(encode(answer))
         sys.stdout.buffer.flush()
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise SandboxError("it was stopped")
 
 
 def run(job: Job) -> dict[str, object]:
@@ -62,7 +67,7 @@ def run(job: Job) -> dict[str, object]:
     folder = INSIDE_FOLDER
     try:
         if job.mode == "uid":
-            folder = tempfile.mkdtemp(prefix="pkt-sandbox-")
+            folder = tempfile.mkdtemp(prefix="pkt-sandbox-", dir=job.temporary)
             os.chown(folder, uid, uid)
         others = 0 if uid else _counted_with_us()
         job = job._replace(uid=uid, other_processes=others, folder=folder)
@@ -70,13 +75,14 @@ def run(job: Job) -> dict[str, object]:
         try:
             supervision.watch()
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             supervision.end()
         return supervision.answer()
     finally:
         if group:
             group.remove()
         if folder != INSIDE_FOLDER:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def other_uid() -> int:
@@ -145,6 +151,7 @@ class Supervision:
         self._control, control = socket.socketpair()
         self._waiter = os.fork()
         if not self._waiter:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._control.close()
             os.close(self._result_end)
             os.close(self._output_end)
@@ -171,15 +178,21 @@ class Supervision:
                 self._stopped = self._late()
             elif left <= 0:
                 self._error = f"no program started within {_START_SECONDS:g} s"
-            if not self._group:
+            if self._look_around():
                 left = min(left, _WATCH_SECONDS)
-                if memory_of_tree(self._waiter) > self._job.memory_bytes:
-                    self._stopped = "memory"
             for place, _ in poll.poll(max(0, left) * 1000):
                 if not hear[place]():
                     poll.unregister(place)
             if self._result and not started:
                 deadline, started = time.monotonic() + self._job.seconds, True
+
+    def _look_around(self) -> bool:
+        """Add up what the kernel does not bound here; says whether there is such a thing."""
+        if not self._group and memory_of_tree(self._waiter) > self._job.memory_bytes:
+            self._stopped = "memory"
+        if self._job.mode == "uid" and not _fits(self._job.folder, self._job.file_bytes):
+            self._stopped = f"files over {self._job.file_bytes} bytes"
+        return not self._group or self._job.mode == "uid"
 
     def end(self) -> None:
         """End every process of the sandbox, and see that it is gone."""
@@ -211,12 +224,12 @@ class Supervision:
     def _verdict(self) -> tuple[bool, str]:
         code = os.waitstatus_to_exitcode(self._status) if self._status is not None else None
         result = self._result[1:]
-        if self._stopped:
-            return False, self._stopped
-        if result == self._token and code == 0:
+        if not self._stopped and result == self._token and code == 0:
             return True, "passed"
         if self._group and self._group.exhausted():
             return False, "memory"
+        if self._stopped:
+            return False, self._stopped
         if code == -signal.SIGXCPU:
             return False, self._late()
         if result and code == 1:
@@ -290,6 +303,46 @@ class Supervision:
                 os.kill(-1, signal.SIGKILL)
             os._exit(0)
         os.waitpid(killer, 0)
+
+
+def _fits(folder: str, most_bytes: int) -> bool:
+    """Whether a folder's files hold so much and number 4096 at most."""
+    total, count, waiting = 0, 0, [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    count += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return False
+        if total > most_bytes or count > 4096:
+            return False
+    return True
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder, however deep it was made: folders within folders are moved up first."""
+    serial = 0
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    serial += 1
+                    os.rename(inner.path, f"{folder}/{serial}-{secrets.token_hex(8)}")
+                else:
+                    os.unlink(inner.path)
+            os.rmdir(entry.path)
+    os.rmdir(folder)
 
 
 def _write(path: str, text: str) -> None:
