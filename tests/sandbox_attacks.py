@@ -2,8 +2,8 @@
 
 `python sandbox_attacks.py MODE` runs them in one way of isolation and prints what became of them
 and of the victims as JSON; it needs pkt.sandbox and the standard library alone. Each program finds
-defined: PARENT and VICTIM (process ids on the host), PORT (somebody listens there),
-SECRET_FD (open in the parent, inheritable), OUTSIDE (a folder), MARK (its children's name).
+defined: PARENT and VICTIM (process ids on the host), PORT (somebody listens there), OUTSIDE (a
+folder) and MARK (a name for its children).
 """
 
 from __future__ import annotations
@@ -111,6 +111,17 @@ except (PermissionError, ProcessLookupError):
     "kill its group": Attack("import os; os.killpg(0, 9)", "killed by signal 9"),
     # memory
     "100 GB": Attack("bytearray(100 << 30)", "memory"),
+    "memory never touched": Attack(
+        """
+import mmap
+try:
+    mmap.mmap(-1, 2 << 30)
+except OSError:
+    pass
+else:
+    raise AssertionError
+"""
+    ),
     "many lists": Attack(
         "x = []\nwhile True: x.append([0] * 100000)", "memory", {"memory_bytes": 256 * MIB}
     ),
@@ -177,6 +188,10 @@ for path in ("/etc/passwd", "/etc/ld.so.cache", "/usr/lib/os-release", f"{OUTSID
     except OSError:
         continue
     raise AssertionError(f"opened {path}")
+if os.getcwd() == "/tmp":  # a mount namespace: also what the program's uid owns is read-only
+    import sys
+    for path in ("/", "/usr/lib", "/dev/null", os.__file__, sys.executable):
+        assert os.statvfs(path).f_flag & os.ST_RDONLY, path
 """
     ),
     "read the host's files": Attack(

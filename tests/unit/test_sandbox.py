@@ -207,7 +207,7 @@ def test_a_program_that_cheats_or_breaks_does_not_pass(name: str) -> None:
 
 
 def test_memory_is_added_up_where_no_cgroup_can_be_made(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder that is no cgroup has no memory.max, and none is created in it."""
     monkeypatch.setattr(cgroup, "_ROOT", str(tmp_path))
@@ -217,8 +217,15 @@ def test_memory_is_added_up_where_no_cgroup_can_be_made(
     assert cgroup.MemoryGroup.make(1 << 28) is None
     assert not [*tmp_path.rglob("pkt-*")]
     assert not [*tmp_path.rglob("memory.*")]
-    held = bytearray(b"x") * (64 << 20)
-    assert cgroup.memory_of_tree(os.getpid()) > len(held)
+    script = "held = bytearray(b'x') * (64 << 20); print(flush=True); input()"
+    with subprocess.Popen(
+        ["sh", "-c", 'true; "$@"; true', "sh", sys.executable, "-c", script],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        assert child.stdout
+        child.stdout.readline()
+        assert 64 << 20 < cgroup.memory_of_descendants(os.getpid()) < 256 << 20
+        child.communicate(b"\n")
 
 
 # Ends and refusals

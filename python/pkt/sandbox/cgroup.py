@@ -89,19 +89,25 @@ def _candidates() -> Iterator[tuple[str, int]]:
                 yield f"{_ROOT}{os.path.dirname(path)}", 2
 
 
-def memory_of_tree(process: int) -> int:
-    """Bytes of memory held by a process and its descendants, shared pages counted each time."""
-    total, waiting = 0, [process]
+def memory_of_descendants(process: int) -> int:
+    """Bytes of memory held by what a process has started, shared pages counted each time."""
+    total, waiting = 0, _children(process)
     while waiting:
         one = waiting.pop()
         for line in read(f"/proc/{one}/status").splitlines():
             if line.startswith(("RssAnon:", "RssShmem:")):
                 total += int(line.split()[1]) << 10
-        with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{one}/task"):
-                children = read(f"/proc/{one}/task/{thread}/children")
-                waiting += [int(child) for child in children.split()]
+        waiting += _children(one)
     return total
+
+
+def _children(process: int) -> list[int]:
+    try:
+        threads = os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return []  # it has ended
+    lists = [read(f"/proc/{process}/task/{thread}/children") for thread in threads]
+    return [int(child) for children in lists for child in children.split()]
 
 
 def read(path: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import resource
@@ -137,21 +138,26 @@ def _redirect(pipes: dict[int, int]) -> None:
 
 
 def _set_limits(job: Job) -> None:
-    seconds = max(1, -int(-job.seconds // 1))
     for kind, value in (
-        (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, job.memory_bytes),
         (resource.RLIMIT_NPROC, job.processes + job.other_processes),
         (resource.RLIMIT_FSIZE, job.file_bytes),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # the one value that also keeps the host's dump handler away
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_STACK, 8 << 20),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        _set_limit(kind, value, value)
+    seconds = math.ceil(job.seconds)
+    _set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU first, which tells why
+
+
+def _set_limit(kind: int, soft: int, hard: int) -> None:
+    _, old = resource.getrlimit(kind)
+    if old != resource.RLIM_INFINITY:
+        soft, hard = min(soft, old), min(hard, old)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def _drop_privileges(job: Job) -> None:
@@ -173,15 +179,17 @@ def _build_root(job: Job) -> None:
     kernel.mount(None, "/", None, kernel.PRIVATE | kernel.REC)
     shut = kernel.NOSUID | kernel.NODEV
     kernel.mount("pkt", root, "tmpfs", shut, "size=1m,nr_inodes=4096,mode=755")
-    for path in readable(job):
-        _show(path, root)
-    for path in _mounts_below(root):
-        flags = kernel.mount_flags(path) | kernel.NOSUID | kernel.RDONLY
-        kernel.mount(None, path, None, flags | kernel.REMOUNT | kernel.BIND)
     owner = INSIDE if job.mode == "user" else job.uid
     limits = f"size={job.file_bytes},nr_inodes=4096,mode=700,uid={owner},gid={owner}"
-    os.mkdir(root + job.folder)
-    kernel.mount("pkt", root + job.folder, "tmpfs", shut | kernel.NOEXEC, limits)
+    own = root + job.folder
+    os.mkdir(own)
+    kernel.mount("pkt", own, "tmpfs", shut | kernel.NOEXEC, limits)
+    for path in readable(job):  # some may lie below the folder that ours hides
+        _show(path, root)
+    for path in _mounts_below(root):
+        if path != own:
+            flags = kernel.mount_flags(path) | kernel.NOSUID | kernel.RDONLY
+            kernel.mount(None, path, None, flags | kernel.REMOUNT | kernel.BIND)
     kernel.change_root(root)
     kernel.mount(None, "/", None, kernel.REMOUNT | kernel.BIND | kernel.RDONLY | shut)
 

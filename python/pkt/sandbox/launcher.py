@@ -2,7 +2,7 @@
 
 Reads a `Job` from its standard input, starts the program through `confinement`, watches the clock,
 the output and the memory, ends everything, and writes one JSON object to its standard output:
-``{"passed": bool, "reason": str, "bounds": str}``, or ``{"error": str}`` where the sandbox itself
+``{"passed": bool, "reason": str, "bounds": [str]}``, or ``{"error": str}`` where the sandbox itself
 failed. The end of its standard input is the end of the parent: then everything is ended too.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import select
 import signal
@@ -21,7 +22,7 @@ import tempfile
 import time
 
 from pkt.sandbox import confinement, kernel
-from pkt.sandbox.cgroup import MemoryGroup, memory_of_tree, read
+from pkt.sandbox.cgroup import MemoryGroup, memory_of_descendants, read
 from pkt.sandbox.job import INSIDE_FOLDER, Job, encode
 
 _START_SECONDS = 60.0  # for namespaces and interpreter, on a busy machine
@@ -93,8 +94,8 @@ def other_uid() -> int:
         first, _, count = (int(word) for word in line.split())
         if first <= _FREE_UIDS[0] and _FREE_UIDS[-1] < first + count:
             return secrets.choice(_FREE_UIDS)
-        if count > 2000:  # a container's share: close to its end, but not nobody's
-            return first + count - 10 - secrets.randbelow(1000)
+        if count > 2000:  # a container's share: its upper half, but not nobody's
+            return first + count - 10 - secrets.randbelow(count // 2)
     return 0
 
 
@@ -108,8 +109,8 @@ def _counted_with_us() -> int:
     Since Linux 5.14 a user namespace counts its own: the waiter and init. Before, the kernel
     counted all tasks of the user.
     """
-    release = os.uname().release.split("-")[0].split(".")
-    if (int(release[0]), int(release[1])) >= (5, 14):
+    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if version and (int(version[1]), int(version[2])) >= (5, 14):
         return 2
     return 2 + sum(
         len(os.listdir(f"/proc/{name}/task"))
@@ -188,7 +189,7 @@ class Supervision:
 
     def _look_around(self) -> bool:
         """Add up what the kernel does not bound here; says whether there is such a thing."""
-        if not self._group and memory_of_tree(self._waiter) > self._job.memory_bytes:
+        if not self._group and memory_of_descendants(os.getpid()) > self._job.memory_bytes:
             self._stopped = "memory"
         if self._job.mode == "uid" and not _fits(self._job.folder, self._job.file_bytes):
             self._stopped = f"files over {self._job.file_bytes} bytes"
