@@ -63,14 +63,14 @@ def inspect(
     rows: list[Any] = []
     problems: list[str] = []
     if small:
-        pairs, rows, problems = match(big, small, targets, embeddings)
+        pairs, rows, problems = match(big, small, targets, embeddings, select == "consistent")
         if embeddings:
             problems += _vocabulary_problems(big, small)
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
         longest=tokens, budget=budget(max_ram), embeddings=embeddings,
-        masks=select in ("top-weights", "random-weights"),
+        **_records(select),
     )  # fmt: skip
     notes = [f"{seeds} seeds of {tokens} tokens assumed"]
     for model in (big, small):
@@ -126,7 +126,7 @@ def prepare(
     table = load_aliases(None) if aliases is None else aliases
     big = open_model(teacher, table, "teacher")
     small = open_model(student, table, "student")
-    pairs, _, problems = match(big, small, targets, embeddings)
+    pairs, _, problems = match(big, small, targets, embeddings, select == "consistent")
     if embeddings:
         problems += _vocabulary_problems(big, small)
     if problems:
@@ -147,7 +147,7 @@ def prepare(
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
         budget=budget(max_ram), embeddings=embeddings,
-        masks=select in ("top-weights", "random-weights"),
+        **_records(select),
     )  # fmt: skip
     config = Config(
         rank=rank, layers=layers, select=select, split=split,
@@ -284,6 +284,15 @@ def description(model: Model) -> dict[str, Any]:
         + sum(p.elements for p in model.checkpoint.outer.values()),
         "bytes": model.checkpoint.bytes,
         "shards": len(model.checkpoint.files),
+    }
+
+
+def _records(select: Select) -> dict[str, bool]:
+    """What a strategy keeps of every layer and reads of its windows, for the plan."""
+    return {
+        "masks": select in ("top-weights", "random-weights"),
+        "crossed": select in ("rows-cols", "consistent"),
+        "sums": select == "consistent",
     }
 
 

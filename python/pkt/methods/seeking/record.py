@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pkt.host import PeakMeter, describe
-from pkt.methods.seeking.steps import Scores
+from pkt.methods.seeking.steps import Scores, Start
 from pkt.methods.seeking.task import Task
 from pkt.records import Window
 from pkt.stream import CheckpointSource
@@ -33,17 +33,16 @@ class Costs:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def manifest(
-    task: Task, scores: Scores, layers: list[int], windows: Mapping[str, Window]
-) -> dict[str, Any]:
+def manifest(task: Task, scores: Scores, layers: list[int], start: Start) -> dict[str, Any]:
     """`pkt_manifest.json`: what was asked and what was found, the same for the same input."""
-    return {
+    found = {
         **task.identity(),
         "loss": sum(scores.losses) / len(scores.losses),
         "layer_scores": scores.layers,
         "layers": layers,
-        "windows": {key: _window(window) for key, window in windows.items()},
+        "windows": {key: _window(window) for key, window in start.windows.items()},
     }
+    return found | ({"consistent": start.network.as_json()} if start.network else {})
 
 
 def _window(window: Window) -> dict[str, Any]:
