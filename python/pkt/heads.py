@@ -105,18 +105,18 @@ def head_problems(teacher: Model, student: Model, *, turning: bool = True) -> li
     cut, problems = split_heads(teacher, student), []
     if cut.size < ours.size:
         problems.append(
-            f"heads: --select consistent keeps whole groups; the teacher has {cut.size} query "
-            f"heads a kv head, the student needs {ours.size}"
+            f"heads: the teacher has {cut.size} query heads a kv head, the student {ours.size}; "
+            "--select consistent keeps whole groups and needs as many in each"
         )
     elif cut.groups < ours.groups:
         problems.append(
-            f"heads: --select consistent keeps whole groups; the teacher has {cut.groups} of "
-            f"{ours.size} or more query heads, the student needs {ours.groups}"
+            f"heads: the teacher's make {cut.groups} groups of {cut.size} query heads, the student "
+            f"has {ours.groups} of {ours.size}; --select consistent needs as many groups"
         )
     if theirs.dim < ours.dim:
         problems.append(
             f"heads: a head of the teacher has {theirs.dim} dims, the student's {ours.dim}; "
-            "--select consistent needs heads that are not larger than the teacher's"
+            "--select consistent needs as many"
         )
     elif theirs.dim > ours.dim and turning:
         problems += _rotary_problems(teacher, student)

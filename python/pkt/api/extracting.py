@@ -49,7 +49,7 @@ def inspect(
         dtype: auto, float32 or bfloat16.
         seeds: number of seeds assumed.
         tokens: length of a seed assumed.
-        select: strategy; single weights need disk for their masks.
+        select: strategy; each has its own needs of disk, and ``consistent`` of shapes.
         aliases: table of aliases; ``None`` for the built-in one.
 
     Raises:
@@ -63,7 +63,9 @@ def inspect(
     rows: list[Any] = []
     problems: list[str] = []
     if small:
-        pairs, rows, problems = match(big, small, targets, embeddings, select == "consistent")
+        pairs, rows, problems = match(
+            big, small, targets, embeddings, whole_heads=select == "consistent"
+        )
         if embeddings:
             problems += _vocabulary_problems(big, small)
     tokens = min(tokens, big.positions or tokens)
@@ -126,14 +128,17 @@ def prepare(
     table = load_aliases(None) if aliases is None else aliases
     big = open_model(teacher, table, "teacher")
     small = open_model(student, table, "student")
-    pairs, _, problems = match(big, small, targets, embeddings, select == "consistent")
+    whole = select == "consistent"
+    pairs, _, problems = match(big, small, targets, embeddings, whole_heads=whole)
     if embeddings:
         problems += _vocabulary_problems(big, small)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleError(
             f"{teacher} → {student}: {problems[0]}{more}",
-            f"pkt inspect --teacher {teacher} --student {student} shows every module",
+            f"pkt inspect --teacher {teacher} --student {student}"
+            + (" --select consistent" if whole else "")
+            + " shows every module",
         )
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
     from pkt.samples import read_samples
