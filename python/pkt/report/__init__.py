@@ -81,8 +81,10 @@ def _page(
     select = manifest["options"]["select"]
     windows = []
     for key, window in manifest["windows"].items():
-        listed = is_listed(key, select)
-        shown = {axis: _indices(window.get(axis), listed) for axis in ("rows", "cols")}
+        shown = {
+            axis: _indices(window.get(axis), is_listed(key, select, axis))
+            for axis in ("rows", "cols")
+        }
         module = key.partition("#")[0]  # the factors of a fused module are those of all its parts
         kept = energy.get(key, energy.get(module))
         windows.append({"kv_repeat": 1, **window, **shown, "student": key, "energy": kept})

@@ -83,7 +83,7 @@ def run(
                 start = extract_start(task, skeleton, student, source, scores, layers, work, notify)
         finally:
             source.close()
-        found = manifest(task, scores, layers, start.windows)
+        found = manifest(task, scores, layers, start)
         staged = work / "result"
         shutil.rmtree(staged, ignore_errors=True)  # a kill may have left half a file there
         staged.mkdir()
