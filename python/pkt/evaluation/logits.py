@@ -78,9 +78,9 @@ class AnswerLogits:
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self._model: Any = plain_model(model)
-        self._decoder: Any = self._model.get_decoder()
-        hidden = self._decoder(
+        self._model = plain_model(model)
+        self._decoder = self._model.get_decoder()
+        hidden: torch.Tensor = self._decoder(
             input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
         ).last_hidden_state
         self._hidden = hidden[batch.row, batch.position]  # (k, D)
@@ -99,10 +99,9 @@ class AnswerLogits:
         return logits[0].float()
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: nn.Module) -> Any:
     """The transformers model inside a PeftModel (its adapter layers in place), else ``model``."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if inner is not None else model
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def parts(count: int, vocabulary: int) -> Iterator[slice]:
@@ -128,8 +127,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def vocabulary_rows(model: nn.Module) -> int:
     """Columns of the logits."""
-    plain: Any = plain_model(model)
-    return int(plain.config.get_text_config().vocab_size)
+    return int(plain_model(model).config.get_text_config().vocab_size)
 
 
 def device_of(model: nn.Module) -> torch.device:
