@@ -1,6 +1,6 @@
 """Moves knowledge from a very large language model into a small one.
 
-`pkt.extract` and `pkt.inspect` do what the commands of the same names do and return the records
+`pkt.extract`, `pkt.evaluate` and `pkt.inspect` do what the commands do and return the records
 of `pkt.records`. Importing pkt loads no torch.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkt.api import extract, inspect
+    from pkt.api import evaluate, extract, inspect
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "extract", "inspect"]
+__all__ = ["__version__", "evaluate", "extract", "inspect"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("extract", "inspect"):
+    if name in ("evaluate", "extract", "inspect"):
         from pkt import api
 
         return getattr(api, name)

@@ -195,3 +195,13 @@ class Extraction:
     folder: Path
     manifest: Mapping[str, Any]
     run: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished `pkt eval`: where it is, its table and scores, and what the run cost."""
+
+    folder: Path
+    results: Mapping[str, Any]  #: results.json
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]

@@ -21,6 +21,7 @@ import pkt
 from pkt.cli.demo import demo
 from pkt.cli.env import env
 from pkt.cli.environment import debugging, set_up
+from pkt.cli.eval import evaluate
 from pkt.cli.extract import extract
 from pkt.cli.inspect import inspect
 from pkt.cli.interrupts import Interrupts
@@ -43,7 +44,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, env, demo):
+for command in (inspect, extract, evaluate, env, demo):
     commands.add_command(command)
 
 

@@ -19,7 +19,6 @@ from pkt.cli.environment import alias_file, aliases, stay_offline
 from pkt.cli.options import Session
 from pkt.cli.running import perform, prepare, reading_mode, result_json
 from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
-from pkt.config import load_yaml
 from pkt.errors import PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
 from pkt.records import IoMode, LayerRule, Split, Template
@@ -52,16 +51,6 @@ def _use_preset(ctx: click.Context, param: click.Parameter, name: str | None) ->
     if name:
         ctx.default_map = {**PRESETS[name], **(ctx.default_map or {})}
     return name
-
-
-def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    if path:
-        known = {p.name for p in ctx.command.params if p.name} - {"config", "help", "as_json"}
-        loaded = load_yaml(path, frozenset(known | {"json"}))
-        if "json" in loaded:
-            loaded["as_json"] = loaded.pop("json")
-        ctx.default_map = {**(ctx.default_map or {}), **loaded}
-    return path
 
 
 @click.command(
@@ -97,10 +86,7 @@ def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     "--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,
     help="Defaults as a whole; paper: those of arXiv 2310.11451, with --embeddings.",
 )  # fmt: skip
-@click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE.yaml", is_eager=True,
-    callback=_use_config, help="Options as YAML, spelled as here; the command line wins.",
-)  # fmt: skip
+@options.config
 @click.option(
     "--io", type=click.Choice(get_args(IoMode)), default="auto", show_default=True,
     help="How the teacher's files are read.",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
 from pkt.cli.interrupts import Interrupts
+from pkt.config import load_yaml
 from pkt.records import Select
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -22,17 +24,27 @@ class Session:
     interrupts: Interrupts
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...] | None:
+def names(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...] | None:
     """``q,k,v`` on the command line, or a list in a YAML file."""
     parts = value.split(",") if isinstance(value, str) else value
     if parts is None:
         return None
     if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
         raise click.BadParameter(f"expected names, found {value!r}", ctx, param)
-    names = tuple(part.strip() for part in parts if part.strip())
-    if not names:
+    found = tuple(part.strip() for part in parts if part.strip())
+    if not found:
         raise click.BadParameter("expected at least one name", ctx, param)
-    return names
+    return found
+
+
+def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path:
+        known = {p.name for p in ctx.command.params if p.name} - {"config", "help", "as_json"}
+        loaded = load_yaml(path, frozenset(known | {"json"}))
+        if "json" in loaded:
+            loaded["as_json"] = loaded.pop("json")
+        ctx.default_map = {**(ctx.default_map or {}), **loaded}
+    return path
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -65,7 +77,7 @@ shape = together(
     click.option(
         "--targets",
         type=click.UNPROCESSED,
-        callback=_names,
+        callback=names,
         metavar="q,k,…",
         help="Roles (q, k, v, o, gate, up, down) or module names.  [default: all]",
     ),
@@ -104,5 +116,13 @@ shape = together(
     ),
 )
 
+config = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE.yaml",
+    is_eager=True,
+    callback=_use_config,
+    help="Options as YAML, spelled as here; the command line wins.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="Errors and the result only.")

@@ -58,7 +58,7 @@ def read_benchmark(task: str, data: Path) -> list[Part]:
 
 def find(task: str, data: Path) -> list[Path]:
     """The files of ``task``, sorted."""
-    layout = LAYOUTS[task]
+    layout = LAYOUTS.get(task, _LOSS)
     if data.is_file():
         return [data]
     for folder in (data / task, data):
@@ -267,3 +267,8 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
 }
 LAYOUTS = {**LAYOUTS, "gsm8k_cot": LAYOUTS["gsm8k"]}
+_LOSS = Layout(
+    ("loss.jsonl", "test.jsonl"),
+    'lines of {"text"}, {"question", "answer"}, {"prompt", "completion"} or {"messages"}',
+    lambda paths: [],
+)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ def run_tasks(
     *,
     batch_size: int = 8,
     limit: int = 0,
+    seed: int = 1234,
     quiet: bool = True,
     notify: Step = lambda done, total: None,
 ) -> TaskResult:
@@ -58,6 +60,7 @@ def run_tasks(
         tasks: lm-eval tasks by name.
         batch_size: prompts in a batch.
         limit: first so many documents of each part; 0 for all.
+        seed: of the few-shot draws, which begin anew for each call.
         quiet: keep lm-eval's bars, prints and log lines away.
         notify: told of (requests answered, requests in all).
 
@@ -66,9 +69,12 @@ def run_tasks(
 
     with silence(quiet) as aloud, evaluating(model):
         lm = _language_model(model, tokenizer, batch_size, lambda a, b: aloud(notify, a, b))
-        for task in tasks.values():
-            _fit_generation(task, lm.max_length)
-        found = evaluate(lm=lm, task_dict=dict(tasks), limit=limit or None, bootstrap_iters=1000)
+        with _fitting_generation(tasks, lm.max_length):
+            for task in tasks.values():
+                task.set_fewshot_seed(seed=seed)
+            found = evaluate(
+                lm=lm, task_dict=dict(tasks), limit=limit or None, bootstrap_iters=1000
+            )
     several = len(tasks) > 1
     rows = [_row(name, sample, several) for name in tasks for sample in found["samples"][name]]
     parts = {name: _values(found["results"][name]) for name in tasks}
@@ -117,13 +123,22 @@ def _language_model(model: nn.Module, tokenizer: Any, batch_size: int, notify: S
     return Quiet()
 
 
-def _fit_generation(task: Any, positions: int) -> None:
-    """At most half of the model's positions are for the answer where lm-eval would refuse."""
-    if task.get_config("output_type") == "generate_until":
-        longest = task.get_config("generation_kwargs").get("max_gen_toks", 256)
-        if longest >= positions:
-            room = {"max_gen_toks": max(1, positions // 2)}
-            task.set_config(key="generation_kwargs", value=room, update=True)
+@contextmanager
+def _fitting_generation(tasks: Mapping[str, Any], positions: int) -> Iterator[None]:
+    """Half of the model's positions are for the answer where lm-eval would refuse to generate."""
+    changed = []
+    for task in tasks.values():
+        if task.get_config("output_type") == "generate_until":
+            kept = dict(task.get_config("generation_kwargs"))
+            if kept.get("max_gen_toks", 256) >= positions:
+                room = {**kept, "max_gen_toks": max(1, positions // 2)}
+                task.set_config(key="generation_kwargs", value=room)
+                changed.append((task, kept))
+    try:
+        yield
+    finally:
+        for task, kept in changed:
+            task.set_config(key="generation_kwargs", value=kept)
 
 
 def _row(name: str, sample: Mapping[str, Any], several: bool) -> Row:
@@ -161,11 +176,16 @@ def _pooled(found: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[Scor
                     values.setdefault(key, []).append(float(sample[metric]))
                     better[key] = found["higher_is_better"][name].get(metric) is not False
     for key, each in values.items():
-        mean = math.fsum(each) / len(each)
-        spread = math.fsum((value - mean) ** 2 for value in each)
-        several = len(each) > 1
-        error = math.sqrt(spread / (len(each) - 1) / len(each)) if several else math.nan
-        yield Score(key, mean, error, len(each), better[key])
+        yield mean_score(key, each, better[key])
+
+
+def mean_score(metric: str, values: Sequence[float], higher_is_better: bool = True) -> Score:
+    """Mean of one value a document, with ``s/√N``; its error is NaN for a single one."""
+    number = len(values)
+    mean = math.fsum(values) / number
+    spread = math.fsum((value - mean) ** 2 for value in values)
+    error = math.sqrt(spread / (number - 1) / number) if number > 1 else math.nan
+    return Score(metric, mean, error, number, higher_is_better)
 
 
 def _values(results: Mapping[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from pkt.evaluation.files import Row
+from pkt.evaluation.harness import Score, mean_score
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -50,6 +51,26 @@ def program(task: str, document: Mapping[str, Any], generation: str) -> str:
         return f"{document['prompt']}{generation}\n{tests}\n"
     lines = [document["setup"]] if document.get("setup") else []
     return "\n".join([*lines, generation, *document["test_list"][:3]]) + "\n"
+
+
+def score_programs(task: str, rows: Sequence[Row]) -> tuple[list[Score], list[Row]]:
+    """pass@1 of `harness.run_tasks`' rows, each program run once in `pkt.sandbox`.
+
+    Returns:
+        the score, and the rows with ``passed`` and, where it failed, the ``reason``.
+
+    Raises:
+        PktError: this host offers no isolation.
+
+    """
+    from pkt.sandbox import run_all
+
+    outcomes = run_all([program(task, row["doc"], row["answer"]) for row in rows])
+    scored = [
+        {**row, "passed": outcome.passed, "reason": outcome.reason}
+        for row, outcome in zip(rows, outcomes, strict=True)
+    ]
+    return [mean_score("pass@1", [float(outcome.passed) for outcome in outcomes])], scored
 
 
 def _plain(text: str) -> str:
