@@ -227,3 +227,13 @@ class Tuning:
     manifest: Mapping[str, Any]
     run: Mapping[str, Any]
     metrics: Sequence[Mapping[str, float]]  #: by step: loss, grad_norm, learning_rate, eval_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished `pkt eval`: where it is, its table and scores, and what the run cost."""
+
+    folder: Path
+    results: Mapping[str, Any]  #: results.json
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]

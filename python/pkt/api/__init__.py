@@ -1,5 +1,11 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
+from pkt.api.evaluating import (
+    data_formats,
+    evaluate,
+    execute_evaluation,
+    prepare_evaluation,
+)
 from pkt.api.extracting import (
     check_device,
     execute,
@@ -12,12 +18,16 @@ from pkt.api.training import execute_training, pick_device, prepare_training, tr
 
 __all__ = [
     "check_device",
+    "data_formats",
+    "evaluate",
     "execute",
+    "execute_evaluation",
     "execute_training",
     "extract",
     "inspect",
     "pick_device",
     "prepare",
+    "prepare_evaluation",
     "prepare_training",
     "require_fit",
     "train",
