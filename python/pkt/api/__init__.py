@@ -14,10 +14,12 @@ from pkt.api.extracting import (
     prepare,
     require_fit,
 )
+from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
     "check_device",
+    "continuations",
     "data_formats",
     "evaluate",
     "execute",
@@ -31,4 +33,5 @@ __all__ = [
     "prepare_training",
     "require_fit",
     "train",
+    "write_overview",
 ]

@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, about forty plain lines elsewhere."""
+"""How far training is: a bar on a terminal, about twenty plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_LINES = 40
+_LINES = 20
 
 
 class Steps:
