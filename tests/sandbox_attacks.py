@@ -405,7 +405,7 @@ def main(mode: str) -> None:
         end.callback(victim.kill)
         Path(outside, "victim").write_text("untouched")
         os.chmod(outside, 0o755)
-        os.set_inheritable(secret.fileno(), True)
+        os.dup2(secret.fileno(), 200)  # inheritable, and out of the way of the program's own
         os.environ["PKT_SECRET"] = "secret"
         mark = f"pkt{secrets.token_hex(5)}"
         given = (
