@@ -8,6 +8,7 @@ folder) and MARK (a name for its children).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -324,6 +325,22 @@ os._exit(0)
 """,
         "exit code 0",
     ),
+    "reads the token": Attack(
+        """
+import os
+for number in range(64):
+    try:
+        os.lseek(number, 0, 0)
+        text = os.read(number, 1000)
+    except OSError:
+        continue
+    if text:
+        os.write(3, text.split()[0])
+        os._exit(0)
+raise ValueError("nothing to read")
+""",
+        "ValueError: nothing to read",
+    ),
     "reports passed as its failure": Attack(
         "import os; os.write(3, b'passed'); os._exit(1)", "forged result"
     ),
@@ -383,10 +400,12 @@ def main(mode: str) -> None:
         socket.create_server(("127.0.0.1", 0)) as server,
         tempfile.TemporaryFile() as secret,
         subprocess.Popen(["sleep", "1000"]) as victim,
+        contextlib.ExitStack() as end,
     ):
+        end.callback(victim.kill)
         Path(outside, "victim").write_text("untouched")
         os.chmod(outside, 0o755)
-        os.set_inheritable(secret.fileno(), True)
+        os.dup2(secret.fileno(), 200)  # inheritable, and out of the way of the program's own
         os.environ["PKT_SECRET"] = "secret"
         mark = f"pkt{secrets.token_hex(5)}"
         given = (
@@ -420,7 +439,6 @@ def main(mode: str) -> None:
                 str(path) for path in Path(tempfile.gettempdir()).glob("pkt-sandbox-*")
             ],
         }
-        victim.kill()
     json.dump(state, sys.stdout)
 
 

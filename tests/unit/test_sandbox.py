@@ -169,7 +169,7 @@ def state(request: pytest.FixtureRequest, copy: Path) -> dict[str, Any]:
     }  # fmt: skip
     done = subprocess.run(
         [python, "-s", copy / "sandbox_attacks.py", mode],
-        env=environment, cwd="/", capture_output=True, text=True, check=False,
+        env=environment, cwd="/", capture_output=True, text=True, check=False, timeout=300,
         **({"user": ORDINARY, "group": ORDINARY, "extra_groups": []} if way == "as nobody" else {}),
     )  # fmt: skip
     if done.returncode and not ours and "PktError: the sandbox cannot run" in done.stderr:

@@ -26,13 +26,14 @@ read secrets     environment, descriptors, arguments and folder are fixed and it
 
 Where the host gives no namespaces (a container, say), root can still use an unused uid, Landlock
 and the system call filter; the folder then lies in the host's temporary folder, and the launcher
-adds up its files as it does memory. Where neither is possible, nothing runs.
+adds up its files as it does memory; there, a program whose launcher is killed by hand may leave
+what it forked. Where neither is possible, nothing runs.
 
 A program has passed when its last statement has ended without an exception in the process that
 began it, and not before: printing, exiting early or a forked child do not count. The harness then
 sends a random token that the program was not given. Harness and program share an interpreter,
 though: code that knows this harness can walk the frames to the token, as it could replace the
-functions that the tests call. That is cheating made on purpose for this file, and not prevented.
+functions that the tests call. That is cheating made on purpose, and not prevented.
 
 The program's module is called ``program``: what stands under ``if __name__ == "__main__":`` does
 not run, as in HumanEval's own harness. The hash seed is fixed: sets keep their order between runs.

@@ -130,9 +130,9 @@ def _redirect(pipes: dict[int, int]) -> None:
 
     What else is open is closed by the exec, because Python opens nothing inheritable.
     """
-    above = 16
+    pipes = {0: os.open(os.devnull, os.O_RDONLY), **pipes}
+    above = max(pipes) + 1  # first out of the way: ours may have the numbers that are asked for
     held = {want: fcntl.fcntl(have, fcntl.F_DUPFD_CLOEXEC, above) for want, have in pipes.items()}
-    held[0] = os.open(os.devnull, os.O_RDONLY)
     for want, have in held.items():
         os.dup2(have, want)
 

@@ -22,7 +22,6 @@ def _main() -> None:
     write(_RESULT, b"\n")
     try:
         exec(compile(source, "<program>", "exec"), module.__dict__)
-        sys.stdout.flush()
     except BaseException as error:  # SystemExit and KeyboardInterrupt are failures too
         if identity() == own:
             write(_RESULT, _reason(error).encode("utf-8", "backslashreplace")[:1000])
