@@ -17,7 +17,7 @@ in float64, taken in one order or correctly rounded (``math.fsum``): the same an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class Subnetwork:
 
 def choose_subnetwork(
     pairs: Sequence[Pair],
-    sums: Sequence[Mapping[str, Sums]],
+    sums: Iterable[Mapping[str, Sums]],
     teacher: Heads,
     student: Heads,
 ) -> Subnetwork:
@@ -94,20 +94,22 @@ def choose_subnetwork(
 
     Args:
         pairs: wanted matrices, known to fit (`pkt.heads.structure_problems`).
-        sums: of each kept teacher layer in order, by key of ``pairs``.
+        sums: of each kept teacher layer in order, by key of ``pairs``; each is looked at once.
         teacher: its heads, groups split as the student needs.
         student: its heads.
 
     """
-    votes = [vote for layer in sums for vote in _residual_votes(pairs, layer)]
-    total = np.zeros_like(votes[0])
-    for vote in votes:
-        total += vote
     pair = pairs[0].student
     width = pair.in_features if pair.role in READERS else pair.out_features
+    total: Vector | float = 0.0
+    parts = []
+    for layer in sums:
+        for key, role in ((p.key, p.student.role) for p in pairs):
+            total = total + layer[key][role in READERS]
+        parts.append(_layer(pairs, layer, teacher, student))
     return Subnetwork(
-        residual=_highest(total, width),
-        layers=tuple(_layer(pairs, layer, teacher, student) for layer in sums),
+        residual=_highest(np.asarray(total), width),
+        layers=tuple(parts),
         head_dim=teacher.dim,
         shorter=teacher.dim > student.dim,
     )
@@ -139,11 +141,6 @@ def channel_window(network: Subnetwork, sums: Vector, rows: int, teacher: str) -
     score = math.fsum(sums[list(network.residual)])
     span = (0, rows)
     return Window(teacher, score, span, network.residual, crossed=True, every_row=True)
-
-
-def _residual_votes(pairs: Sequence[Pair], sums: Mapping[str, Sums]) -> list[Vector]:
-    """What each matrix of a layer says of the residual channels."""
-    return [sums[pair.key][pair.student.role in READERS] for pair in pairs]
 
 
 def _layer(

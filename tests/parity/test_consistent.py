@@ -41,6 +41,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"heads": 4, "kv_heads": 4, "hidden": 32, "head_dim": 8},
     ),
     "query heads of their own": ("llama", {"heads": 6, "kv_heads": 6}, {"heads": 4, "kv_heads": 4}),
+    "fewer and shorter heads in each group": ("llama", {**DEEP, "head_dim": 16}, FLAT),
     "shorter heads": ("qwen3", {"head_dim": 16}, {"head_dim": 8}),
     "soft caps, shorter heads": ("gemma2", {"head_dim": 12}, {"head_dim": 8}),
     "fused rows": ("phi3", {"heads": 6, "kv_heads": 3}, {"heads": 4, "kv_heads": 2}),

@@ -87,6 +87,17 @@ def test_groups_split_into_the_smallest_that_hold_the_student(
     assert (head_problems(*models) == []) == fits
 
 
+def test_inspect_shows_how_often_kv_heads_are_repeated(tmp_path: Path) -> None:
+    """By heads, not by rows: 24 rows of the teacher's k would hold the student's 24."""
+    big = {"heads": 8, "kv_heads": 2, "head_dim": 12, "hidden": 64}
+    pair(tmp_path, big, {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48})
+    models = ["--teacher", tmp_path / "teacher", "--student", tmp_path / "student"]
+    shown = pkt("inspect", *models, "--select", "consistent")
+    assert shown.code == 0
+    assert shown.out.count("of 48×64 (kv heads × 2)") == 2
+    assert "kv heads ×" not in pkt("inspect", *models).out
+
+
 def test_too_few_query_heads_a_group(tmp_path: Path) -> None:
     pair(tmp_path, {"heads": 6, "kv_heads": 6}, {"heads": 4, "kv_heads": 2})
     (problem,) = refused(tmp_path)

@@ -196,7 +196,7 @@ def _network(task: Task, records: Sequence[Mapping[str, Any]]) -> Subnetwork:
     """The index sets of the kept layers, which show only now."""
     return choose_subnetwork(
         task.pairs,
-        [{pair.key: recorded_sums(record, pair.key) for pair in task.pairs} for record in records],
+        ({pair.key: recorded_sums(record, pair.key) for pair in task.pairs} for record in records),
         split_heads(task.teacher, task.student),
         heads_of(task.student),
     )
