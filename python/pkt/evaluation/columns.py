@@ -15,6 +15,7 @@ import torch
 
 from pkt.checkpoint import find_outer
 from pkt.errors import CheckpointError, IncompatibleError, UsageError
+from pkt.evaluation.quiet import silence
 from pkt.models import Model
 
 STUDENT, TEACHER = "student", "teacher"
@@ -117,9 +118,10 @@ class Models:
             from transformers import AutoModelForCausalLM
 
             try:
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    model.folder, dtype=self._dtypes[model.folder], trust_remote_code=False
-                )
+                with silence():  # it draws a bar of its own
+                    loaded = AutoModelForCausalLM.from_pretrained(
+                        model.folder, dtype=self._dtypes[model.folder], trust_remote_code=False
+                    )
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 reason = " ".join(str(error).split())[:200]
                 message = f"{model.folder}: transformers cannot load this model: {reason}"
