@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -250,7 +252,11 @@ def test_what_cannot_be_evaluated_is_one_line(models: Path, data: Path, tmp_path
     made = _fails(3, "found an extracted start", *loss, "--adapter", start)
     assert "train" in made.hint
     other = _adapter(models / "teacher", tmp_path / "large")
-    _fails(3, "adapter of another student", *loss, "--adapter", other)
+    _fails(3, "expected 56 in features, found 80", *loss, "--adapter", other)
+    deep = tiny.build("llama", tmp_path / "deep", "student", vocab=VOCABULARY, layers=4)
+    _fails(3, "has a layer 3", *loss, "--adapter", _adapter(deep, tmp_path / "deeper"))
+    flat = tiny.build("llama", tmp_path / "flat", "student", vocab=VOCABULARY, layers=2)
+    _fails(3, "missing key", *loss, "--adapter", _adapter(flat, tmp_path / "flatter"))
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -302,6 +308,48 @@ sys.exit(main(sys.argv[1:]))
     missing = run("gsm8k")
     assert missing.returncode == 2
     assert "pip install 'pkt-llm[eval]'" in missing.stderr
+
+
+def test_local_files_never_ask_the_network(models: Path, data: Path, tmp_path: Path) -> None:
+    code = """
+import socket, sys
+def refuse(*given):
+    raise AssertionError(f"a connection to {given}")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from pkt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["eval", "--model", models / "student", "--adapter", models / "lora/good", "--data",
+             data, "--tasks", TASKS, "-o", tmp_path / "out", *SMALL]  # fmt: skip
+    offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name not in offline}
+    made = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        env=environment | {"HF_HOME": str(tmp_path / "hub")}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+
+
+def test_lm_evals_own_task_says_the_same(
+    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --data the name is lm-eval's, its documents from the hub: here from the same file."""
+    problems = [json.loads(line) for line in (data / "gsm8k/test.jsonl").read_text().splitlines()]
+    documents = DatasetDict(dict.fromkeys(("test", "train"), Dataset.from_list(problems)))
+    base = ("eval", "--model", models / "student", "--tasks", "gsm8k@2", "--limit", 3)
+    made = pkt(*base, "--max-new-tokens", 8, "-o", tmp_path / "hub")
+    assert made.code == 5
+    assert "task 'gsm8k': lm-eval could not get its documents" in made.error
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: documents)
+    made = pkt(*base, "--max-new-tokens", 8, "-o", tmp_path / "hub")
+    assert made.code == 0, made.err
+    assert pkt(*base, "--max-new-tokens", 8, "--data", data, "-o", tmp_path / "local").code == 0
+    ours, stock = (
+        (tmp_path / name / "details/gsm8k@2/student.jsonl").read_text() for name in ("local", "hub")
+    )
+    assert ours == stock
+    assert len(ours.splitlines()) == 6  # two filters
 
 
 def test_the_formats_are_written_down() -> None:
