@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pkt.api.extracting import Notify, budget, check_device, compute_dtype
 from pkt.config import MIB, format_bytes, load_aliases
-from pkt.errors import BudgetError, IncompatibleError, UsageError
+from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
 from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.records import Evaluation, Template
 
 if TYPE_CHECKING:
+    from pkt.evaluation.columns import Adapter
     from pkt.evaluation.tasks import Asked
     from pkt.methods.evaluating import Request
 
@@ -78,6 +79,8 @@ def prepare_evaluation(
     small = open_model(model, table, "student")
     big = open_model(teacher, table, "teacher") if teacher else None
     found = open_adapters([Path(folder) for folder in adapters], small)
+    for adapter in found:
+        _require_keys(adapter, small)
     if device == "auto":
         device = _best_device()
     check_device(device)
@@ -208,6 +211,24 @@ def _place(name: str, data: str | Path | Mapping[str, str | Path] | None) -> Pat
         return Path(data) if data is not None else None
     found = data.get(name, data.get(""))
     return Path(found) if found is not None else None
+
+
+def _require_keys(adapter: Adapter, student: Model) -> None:
+    """A LoRA must load on the student's skeleton with no missing and no unexpected key."""
+    from pkt.adapter import check_adapter
+    from pkt.evaluation.quiet import silence
+
+    if adapter.changes_base:
+        return
+    try:
+        with silence():
+            check_adapter(adapter.folder, student.folder)
+    except (PktError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200].removeprefix(f"{adapter.folder}: ")
+        raise IncompatibleError(
+            f"{adapter.folder}: adapter of another student: {reason}",
+            "give the student it was trained on as --model",
+        ) from error
 
 
 def _shared_rows(student: Model, teacher: Model) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 
-from pkt.checkpoint import find_outer
 from pkt.errors import CheckpointError, IncompatibleError, UsageError
+from pkt.evaluation.quiet import silence
 from pkt.models import Model
 
 STUDENT, TEACHER = "student", "teacher"
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt"})  #: families that store (in, out)
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: PEFT types that put tokens before the text instead of changing the model's modules.
 _PROMPTS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"})
@@ -117,9 +119,10 @@ class Models:
             from transformers import AutoModelForCausalLM
 
             try:
-                loaded = AutoModelForCausalLM.from_pretrained(
-                    model.folder, dtype=self._dtypes[model.folder], trust_remote_code=False
-                )
+                with silence():  # it draws a bar of its own
+                    loaded = AutoModelForCausalLM.from_pretrained(
+                        model.folder, dtype=self._dtypes[model.folder], trust_remote_code=False
+                    )
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 reason = " ".join(str(error).split())[:200]
                 message = f"{model.folder}: transformers cannot load this model: {reason}"
@@ -200,44 +203,34 @@ def _weights(folder: Path) -> tuple[dict[str, list[int]], str]:
 
 
 def _check_shapes(folder: Path, shapes: dict[str, list[int]], student: Model) -> None:
-    """Compare LoRA factors (A: r × in, B: out × r) with the student's weights (out × in)."""
+    """Compare LoRA factors (A: r × in, B: out × r) of decoder layers with the student's weights.
+
+    What the headers cannot tell (modules under other names, other kinds of adapters) is left to
+    PEFT's own check when the adapter is loaded.
+    """
+    stack = student.checkpoint.layer_path.rpartition(".")[2]
+    pattern = re.compile(rf"\.{re.escape(stack)}\.(\d+)\.(.+)\.lora_([AB])(?:\.|$)")
+    hint = "give the student it was trained on as --model"
     for name, shape in shapes.items():
-        module, found, rest = name.partition(".lora_")
-        if not found or rest.partition(".")[0] not in ("A", "B") or len(shape) != 2:
+        match = pattern.search(name)
+        if not match:
             continue
-        weight = _weight_shape(student, f"{module.removeprefix('base_model.model.')}.weight")
-        if weight is None:
-            layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        if int(match[1]) >= student.layers:
             raise IncompatibleError(
-                f"{folder}: adapter of another student: {student.folder} has no module '{layer}'",
-                "give the student it was trained on as --model",
+                f"{folder}: adapter of another student: it has a layer {match[1]}, "
+                f"{student.folder} has {student.layers}",
+                hint,
             )
-        axis = 1 if rest.startswith("A") else 0
-        size = shape[1] if axis else shape[0]
-        # Some families store (in, out): either side may fit.
-        if len(weight) == 2 and size not in ((weight[axis],) if _linear(student) else weight):
-            wanted = "inputs" if axis else "outputs"
+        piece = student.checkpoint.layers[int(match[1])].get(f"{match[2]}.weight")
+        if piece is None or len(piece.shape) != 2 or len(shape) != 2:
+            continue
+        out, given = piece.shape
+        if student.family in _TRANSPOSED:
+            out, given = given, out
+        kind, size, wanted = ("in", shape[1], given) if match[3] == "A" else ("out", shape[0], out)
+        if size != wanted:
             raise IncompatibleError(
-                f"{folder}: adapter of another student: '{name}' is for {size} {wanted}, "
-                f"the module has {weight[axis]}",
-                "give the student it was trained on as --model",
+                f"{folder}: adapter of another student: '{match[2]}' of layer {match[1]}: expected "
+                f"{wanted} {kind} features, found {size}",
+                hint,
             )
-
-
-def _linear(student: Model) -> bool:
-    return student.family not in ("gpt2", "openai-gpt", "imagegpt")
-
-
-def _weight_shape(student: Model, name: str) -> tuple[int, ...] | None:
-    checkpoint = student.checkpoint
-    path = checkpoint.layer_path
-    for prefix in dict.fromkeys((path, path.rpartition("layers")[0] + "layers", f"model.{path}")):
-        if name.startswith(f"{prefix}."):
-            index, _, suffix = name.removeprefix(f"{prefix}.").partition(".")
-            if index.isdecimal() and int(index) < student.layers:
-                piece = checkpoint.layers[int(index)].get(suffix)
-                return piece.shape if piece else None
-    outer = find_outer(checkpoint, name, path.split(".")[0])
-    if outer is None and name.endswith("lm_head.weight"):
-        outer = student.embedding  # tied: the checkpoint holds one of them
-    return outer.shape if outer else None

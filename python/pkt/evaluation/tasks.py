@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,7 @@ def lm_eval_tasks(asked: Asked, *, seed: int = 1234, max_new_tokens: int | None 
 
     """
     require_lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _manager()
     if asked.name not in manager.all_tasks:
         near = [name for name in manager.all_tasks if asked.name.lower() in name.lower()][:8]
         also = f"; lm-eval also has {', '.join(near)}" if near else ""
@@ -193,6 +192,14 @@ _SHOTS: Mapping[str, str] = {
     "mmlu": "put the dev files beside the test files (dev/anatomy_dev.csv)",
     "superni": "a task holds only so many positive examples",
 }
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's index of its tasks: seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _task_file(name: str) -> dict[str, Any]:
@@ -235,5 +242,5 @@ def _examples(source: str) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
         raise IncompatibleError(
             f"the installed lm-eval keeps no worked examples in tasks/{source}",
-            "install lm-eval 0.4.9 to 0.4.13, or ask for @0",
+            "install lm-eval 0.4.13, or ask for @0",
         ) from error
