@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkt.api import extract, inspect
+    from pkt.api import export, extract, inspect, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "extract", "inspect"]
+__all__ = ["__version__", "export", "extract", "inspect", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("extract", "inspect", "train"):
+    if name in __all__:
         from pkt import api
 
         return getattr(api, name)
