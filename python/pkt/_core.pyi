@@ -1,4 +1,4 @@
-"""The Rust core: reading ahead, scoring, selecting. Memory stays with the caller."""
+"""The Rust core: reading, scoring, selecting, merging, writing. Memory stays with the caller."""
 
 from os import PathLike
 from typing import Any, final
@@ -12,11 +12,13 @@ __all__ = [
     "Matrix",
     "Reader",
     "Stream",
+    "Writer",
     "accumulate",
     "accumulate_columns",
     "best_columns",
     "dtype_bytes",
     "layout",
+    "merge",
     "random_weights",
     "random_window",
     "score_sum",
@@ -182,3 +184,28 @@ def random_weights(len: int, k: int, seed: int) -> bytes:
 
 def random_window(shape: tuple[int, int], window: tuple[int, int], seed: int) -> tuple[int, int]:
     """(row, column) of a window, every place equally likely."""
+
+def merge(
+    weights: NDArray[Any],
+    weights_dtype: str,
+    delta: NDArray[float32] | None,
+    target: NDArray[Any],
+    target_dtype: str,
+) -> tuple[float, float, int | None]:
+    """Write round(weights + delta) to target; (Σ rounding error², Σ change², first not finite)."""
+
+@final
+class Writer:
+    """A safetensors file that is written piece by piece and appears whole."""
+
+    def __new__(
+        cls, path: str | PathLike[str], tensors: list[tuple[str, str, list[int]]]
+    ) -> Writer: ...
+    def write(self, name: str, data: NDArray[uint8]) -> None:
+        """Write the next bytes of a tensor."""
+
+    def finish(self) -> int:
+        """Sync the file and give it its name; its length."""
+
+    def close(self) -> None:
+        """Give the file up, if it is not finished."""

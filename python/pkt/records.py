@@ -237,3 +237,18 @@ class Evaluation:
     results: Mapping[str, Any]  #: results.json
     manifest: Mapping[str, Any]
     run: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A finished `pkt export`: where it is, what the manifest says, what it cost."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+    @property
+    def errors(self) -> Mapping[str, float]:
+        """By module, what recompression or rounding took: ‖Δ' − Δ‖_F / ‖Δ‖_F."""
+        found: Mapping[str, float] = self.manifest["errors"]
+        return found

@@ -6,6 +6,7 @@ from pkt.api.evaluating import (
     execute_evaluation,
     prepare_evaluation,
 )
+from pkt.api.exporting import execute_export, export, finished_export, prepare_export
 from pkt.api.extracting import (
     check_device,
     execute,
@@ -24,12 +25,16 @@ __all__ = [
     "evaluate",
     "execute",
     "execute_evaluation",
+    "execute_export",
     "execute_training",
+    "export",
     "extract",
+    "finished_export",
     "inspect",
     "pick_device",
     "prepare",
     "prepare_evaluation",
+    "prepare_export",
     "prepare_training",
     "require_fit",
     "train",

@@ -72,8 +72,9 @@ def prepare_training(
     """
     require_choice("template", template, Template)
     model = open_model(student, load_aliases(None) if aliases is None else aliases, "student")
-    from pkt.methods.tuning import Config, Task  # torch is loaded from here on
-    from pkt.methods.tuning.starts import Form, product_norm
+    from pkt.adapter import product_norm  # torch is loaded from here on
+    from pkt.methods.tuning import Config, Task
+    from pkt.methods.tuning.starts import Form
     from pkt.training import Schedule
 
     form = _form(start, Form)

@@ -1,8 +1,9 @@
-//! Reading, scoring and selecting the weights of models larger than memory.
+//! Reading, scoring, selecting and writing the weights of models larger than memory.
 //!
 //! ```text
 //! folder ─checkpoint→ Catalogue ─reader→ bytes ─stream→ layer slots
 //!                                         gradients ─sensitivity→ scores ─selection→ windows
+//!                                         weights + changes ─merge→ bytes ─writer→ folder
 //! ```
 //!
 //! Everything here works on memory that the caller owns, knows nothing of Python, and never
@@ -14,11 +15,13 @@ pub mod error;
 mod folder;
 pub mod header;
 mod json;
+pub mod merge;
 pub mod reader;
 pub mod selection;
 pub mod sensitivity;
 mod simd;
 pub mod stream;
+pub mod writer;
 
 pub use checkpoint::{Catalogue, Entry, Shard};
 pub use dtype::Dtype;

@@ -187,7 +187,7 @@ fn same_length(weights: Values, gradients: Values) -> Result<()> {
 }
 
 /// A float whose magnitude widens to f32 exactly, in operations that every SIMD width has.
-trait Element: Copy + Sync {
+pub(crate) trait Element: Copy + Sync {
     fn magnitude(self) -> f32;
 }
 

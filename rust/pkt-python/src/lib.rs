@@ -8,9 +8,11 @@
 mod buffer;
 mod checkpoint;
 mod error;
+mod merge;
 mod reader;
 mod selection;
 mod sensitivity;
+mod writer;
 
 use pyo3::prelude::*;
 
@@ -19,9 +21,13 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{Catalogue, dtype_bytes};
     #[pymodule_export]
+    use super::merge::merge;
+    #[pymodule_export]
     use super::reader::{Layout, Reader, Stream, layout};
     #[pymodule_export]
     use super::selection::{Matrix, best_columns, random_weights, random_window, top_layers};
     #[pymodule_export]
     use super::sensitivity::{accumulate, accumulate_columns, score_sum};
+    #[pymodule_export]
+    use super::writer::Writer;
 }

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pkt.adapter import product_norm
 from pkt.factorization import factorize
 from pkt.records import LowRank
 from pkt.selection import mix_seed
@@ -107,12 +108,6 @@ def halves(start: Mapping[str, LowRank], form: Form) -> Halves:
     root = math.sqrt(form.scale)
     both = {name: LowRank(half.b * root, half.a * root) for name, half in start.items()}
     return Halves(both, both)
-
-
-def product_norm(half: LowRank) -> float:
-    """‖BA‖_F, without the product: tr(BᵀB · AAᵀ) in float64."""
-    b, a = half.b.double(), half.a.double()
-    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
 def leading_norm(weight: torch.Tensor, rank: int) -> float:

@@ -1,4 +1,4 @@
-"""A LoRA folder in PEFT's format, written whole and checked against the student it is for.
+"""Writing a LoRA folder in PEFT's format, whole and checked against the student it is for.
 
 Every weight is float32 and alpha equals the rank, so scaling is 1. Names, ranks and shapes are
 PEFT's (`lora_A` r × in, `lora_B` out × r; embeddings `lora_embedding_A` r × vocabulary and
@@ -8,19 +8,14 @@ PEFT's (`lora_A` r × in, `lora_B` out × r; embeddings `lora_embedding_A` r × 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pkt.errors import CheckpointError, PktError
+from pkt.errors import PktError
 from pkt.records import Factors, LowRank
-
-_KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<half>[AB])\.weight|embedding_(?P<end>[AB]))"
-)
 
 
 def adapter_config(
@@ -69,57 +64,6 @@ def adapter_tensors(
         tensors[f"base_model.model.{name}.lora_{kind}A{ending}"] = pair.a
         tensors[f"base_model.model.{name}.lora_{kind}B{ending}"] = pair.b
     return tensors
-
-
-def read_factors(folder: Path) -> dict[str, LowRank]:
-    """The factors of an adapter that pkt wrote, in float32, by full module name.
-
-    Raises:
-        CheckpointError: files are missing, damaged, or not a LoRA of alpha = rank.
-
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_model.safetensors"
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: expected a LoRA folder, found no {error}") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = _KEY.fullmatch(key)
-        if not found or tensor.ndim != 2 or not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: tensor '{key}' is no finite LoRA factor")
-        halves.setdefault(found["module"], {})[found["half"] or found["end"]] = tensor.float()
-    for name, half in halves.items():
-        if half.keys() != {"A", "B"} or half["A"].shape[0] != half["B"].shape[1]:
-            raise CheckpointError(f"{path}: module '{name}' lacks a factor, or its ranks differ")
-    if not halves or config.get("lora_alpha") != config.get("r"):
-        raise CheckpointError(f"{folder}: expected a LoRA with alpha = rank")
-    return {name: LowRank(half["B"], half["A"]) for name, half in halves.items()}
-
-
-def side_by_side(
-    trained: Mapping[str, LowRank], frozen: Mapping[str, LowRank]
-) -> dict[str, LowRank]:
-    """``[B | −B₀]`` and ``[A ; A₀]``: one LoRA whose product is BA − B₀A₀.
-
-    Args:
-        trained: (A, B) by module.
-        frozen: (A₀, B₀) by module; modules without one keep their rank.
-
-    """
-    joined = dict(trained)
-    for name, start in frozen.items():
-        half = trained[name]
-        joined[name] = LowRank(
-            torch.cat([half.b, -start.b], dim=1), torch.cat([half.a, start.a], dim=0)
-        )
-    return joined
 
 
 def write_adapter(
