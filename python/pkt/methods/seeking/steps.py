@@ -184,7 +184,7 @@ def extract_start(
             height = task.student.checkpoint.layers[index][f"{module}.weight"].shape[0]
             weight = stack_parts(placed, height)
             name = f"{student.layers_path}.{index}.{module}"
-            start.factors[name] = _split(task.config, weight, name)
+            start.factors[name] = _split(task.config, weight.to(source.device), name)
             release_free_memory()
         notify("factors", index + 1, len(layers))
     if task.config.embeddings:
@@ -226,7 +226,7 @@ def _ends(
         weight = cut_window(source.window, piece, window, None)
         turned = weight.T if end == "embedding" else weight  # PEFT stores embeddings so
         start.windows[name] = window
-        start.factors[name] = _split(task.config, turned, name)
+        start.factors[name] = _split(task.config, turned.to(source.device), name)
         start.heats[name] = Heat((sums / rows).astype(np.float32)[None], rows, len(sums))
 
 
