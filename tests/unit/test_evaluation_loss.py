@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from pkt.errors import PktError
@@ -47,6 +47,28 @@ def test_each_sample_loses_what_it_loses_alone(tmp_path: Path, family: str) -> N
     assert [f.name for f in found] == [s.name for s in samples]
     for loss, sample in zip(found, samples, strict=True):
         assert loss.tokens == sum(sample.loss_mask)
+        assert loss.nll_sum == pytest.approx(_plain(model, sample), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("cohere2", {}),  # scales its logits
+        ("gemma4_text", {"vocab_size_per_layer_input": VOCABULARY}),  # hands on keys and values
+        ("gpt2", {}),  # reads more of its decoder's output than the hidden state
+        ("granite", {"logits_scaling": 3.0}),
+        ("opt", {"word_embed_proj_dim": 16, "ffn_dim": 64}),  # its decoder lies one deeper
+    ],
+)
+def test_other_shapes_of_causal_models(model_type: str, options: dict[str, float]) -> None:
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=64, bos_token_id=1,
+        max_position_embeddings=64, pad_token_id=0, eos_token_id=2, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for loss, sample in zip(cross_entropy(model, _samples()), _samples(), strict=True):
         assert loss.nll_sum == pytest.approx(_plain(model, sample), rel=1e-5)
 
 
@@ -113,3 +135,15 @@ def test_with_equal_lengths_the_error_is_the_usual_one() -> None:
     _, error = mean_loss([ExampleLoss("x", 4 * v, 4) for v in values])
     spread = math.sqrt(sum((v - 1.75) ** 2 for v in values) / 3)
     assert error == pytest.approx(spread / 2)
+
+
+def test_no_logits_are_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounds the memory for a vocabulary of 128k: the head sees a few positions at a time."""
+    model = _model(tmp_path, "llama")
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 5 * VOCABULARY)
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+    cross_entropy(model, _samples())
+    assert max(sizes) == 5 * VOCABULARY
+    counted = sum(sample.loss_tokens for sample in _samples())
+    assert sum(sizes) == counted * VOCABULARY  # and answer positions only

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,18 +80,20 @@ class AnswerLogits:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self._model = plain_model(model)
         self._decoder = self._model.get_decoder()
-        hidden: torch.Tensor = self._decoder(
+        self._output = self._decoder(
             input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
-        ).last_hidden_state
+        )
+        hidden: torch.Tensor = self._output.last_hidden_state
         self._hidden = hidden[batch.row, batch.position]  # (k, D)
+        self._output.last_hidden_state = self._hidden[:0]  # the rest is not needed any more
 
     def __getitem__(self, part: slice) -> torch.Tensor:
         """Logits of the answer tokens ``part``, (n, V) float32."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         hidden = self._hidden[part][None]
+        # The decoder's own kind of output: some families read more of it than its hidden state.
+        output = replace(self._output, last_hidden_state=hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        self._decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        self._decoder.forward = lambda *_, **__: output
         try:
             logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         finally:
