@@ -70,12 +70,13 @@ def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Write both files of the adapter into ``folder``, which must exist."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(ordered, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    whole = save(ordered, metadata={"format": "pt"})  # a full disk is Python's own error then
+    (folder / "adapter_model.safetensors").write_bytes(whole)
 
 
 def check_adapter(folder: Path, student: Path) -> None:

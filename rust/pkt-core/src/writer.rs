@@ -125,7 +125,8 @@ impl Drop for Writer {
     }
 }
 
-/// Length bytes and header, the place of each tensor, and the length of the file.
+/// Length bytes and header, the place of each tensor, and the length of the file. The bytes are
+/// those of the safetensors library: an unchanged file is written as it was.
 fn lay_out(tensors: &[Spec]) -> Result<(Vec<u8>, Vec<Place>, u64)> {
     let mut json = String::from(r#"{"__metadata__":{"format":"pt"}"#);
     let (mut places, mut end) = (Vec::<Place>::new(), 0u64);
@@ -138,10 +139,10 @@ fn lay_out(tensors: &[Spec]) -> Result<(Vec<u8>, Vec<Place>, u64)> {
         let bytes = shape.iter().try_fold(dtype.bytes(), |bytes, &size| bytes.checked_mul(size));
         let (begin, sum) = (end, bytes.and_then(|bytes| bytes.checked_add(end)));
         end = sum.ok_or_else(|| refused("more bytes than 64 bits count"))?;
-        let key = serde_json::Value::from(name.as_str());
+        let (key, shape) = (serde_json::json!(name), serde_json::json!(shape));
         let _ = write!(
             json,
-            r#",{key}:{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#
+            r#",{key}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}"#
         );
         places.push(Place { name: name.clone(), begin, bytes: end - begin, written: 0 });
     }
