@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -17,7 +17,6 @@ from pkt.cli.options import Session
 from pkt.compare import ARMS, VARIATIONS
 from pkt.errors import InterruptError, UsageError
 from pkt.output import WORK
-from pkt.records import Template
 
 _FILE = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
@@ -78,22 +77,10 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[fl
     "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
     help="0: on the trained half alone it is noise of the start's size.",
 )  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(min=2), default=2048, show_default=True)
-@click.option(
-    "--max-examples", type=click.IntRange(min=0), default=1000, show_default=True,
-    help="First so many training rows; 0: all.",
-)  # fmt: skip
+@options.training_data
 @click.option(
     "--limit", type=click.IntRange(min=0), default=32, show_default=True,
     help="First so many seeds; 0: all.",
-)  # fmt: skip
-@click.option(
-    "--template", type=click.Choice(get_args(Template)), default="auto", show_default=True,
-    help="How prompt and answer become one text.",
-)  # fmt: skip
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-    show_default=True, help="Of the student's weights.",
 )  # fmt: skip
 @click.option("--norms-from", type=_FILE, metavar="EXTRACTED", help="Norms of pissa and gaussian.")
 @options.config

@@ -21,7 +21,7 @@ from pkt.cli.running import perform, prepare, reading_mode, result_json
 from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
 from pkt.errors import PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
-from pkt.records import IoMode, LayerRule, Split, Template
+from pkt.records import IoMode, LayerRule, Split
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -77,10 +77,7 @@ def _use_preset(ctx: click.Context, param: click.Parameter, name: str | None) ->
     "--split", type=click.Choice(get_args(Split)), default="paper", show_default=True,
     help="B = UΣ, A = Vᵀ (paper), or the root of Σ in both (balanced).",
 )  # fmt: skip
-@click.option(
-    "--template", type=click.Choice(get_args(Template)), default="auto", show_default=True,
-    help="How prompt and answer become one text.",
-)  # fmt: skip
+@options.template
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random strategies.")
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), is_eager=True, callback=_use_preset,

@@ -11,7 +11,7 @@ import click
 
 from pkt.cli.interrupts import Interrupts
 from pkt.config import load_yaml
-from pkt.records import Select
+from pkt.records import Select, Template
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -116,6 +116,39 @@ shape = together(
         default="auto",
         show_default=True,
         help="Computed in; auto: the teacher's own, float32 for float16.",
+    ),
+)
+
+template = click.option(
+    "--template",
+    type=click.Choice(get_args(Template)),
+    default="auto",
+    show_default=True,
+    help="How prompt and answer become one text.",
+)
+
+training_data = together(
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(min=2),
+        default=2048,
+        show_default=True,
+        help="Longer examples are cut.",
+    ),
+    click.option(
+        "--max-examples",
+        type=click.IntRange(min=0),
+        default=1000,
+        show_default=True,
+        help="First so many training rows; 0: all.",
+    ),
+    template,
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="Of the student's weights; the adapter is always float32.",
     ),
 )
 

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,7 @@ from pkt.cli.tables import aligned, format_count
 from pkt.config import format_bytes
 from pkt.errors import InterruptError, UsageError
 from pkt.output import WORK, finished
-from pkt.records import Template, Tuning
+from pkt.records import Tuning
 
 if TYPE_CHECKING:
     from pkt.methods.tuning import Task
@@ -85,22 +85,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--embeddings/--no-embeddings", default=False, help="A control adapts embedding and head too."
 )
-@click.option(
-    "--max-tokens", type=click.IntRange(min=2), default=2048, show_default=True,
-    help="Longer examples are cut.",
-)  # fmt: skip
-@click.option(
-    "--max-examples", type=click.IntRange(min=0), default=1000, show_default=True,
-    help="First so many rows are used; 0: all.",
-)  # fmt: skip
-@click.option(
-    "--template", type=click.Choice(get_args(Template)), default="auto", show_default=True,
-    help="How prompt and answer become one text.",
-)  # fmt: skip
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-    show_default=True, help="Of the student's weights; the adapter is always float32.",
-)  # fmt: skip
+@options.training_data
 @click.option("--autocast", is_flag=True, help="bfloat16 mixed precision (transformers' bf16).")
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True,
