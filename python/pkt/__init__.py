@@ -1,7 +1,7 @@
 """Moves knowledge from a very large language model into a small one.
 
-`pkt.extract` and `pkt.inspect` do what the commands of the same names do and return the records
-of `pkt.records`. Importing pkt loads no torch.
+`pkt.inspect`, `pkt.extract`, `pkt.train` and `pkt.export` do what the commands of the same names
+do and return the records of `pkt.records`. Importing pkt loads no torch.
 """
 
 from __future__ import annotations
