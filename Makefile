@@ -34,7 +34,7 @@ test-rust: $(VENV)/.tools
 	cargo test --workspace $(LOCKED)
 
 test-python: $(VENV)/.core
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
 
 .PHONY: check check-rust check-python
 check: check-rust check-python ## formatting, lints, types, stubs, import law

@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Nursery:
-    """Runs `pkt.extract` in forked processes, one at a time; close it by leaving the block."""
+    """Runs `pkt.extract` or `pkt.train` in forked processes, one at a time, in a with block."""
 
     def __enter__(self) -> Nursery:
         self._process = subprocess.Popen(
@@ -76,10 +76,21 @@ class Nursery:
             pipe.close()  # the end of its input ends the process
         self._process.wait(timeout=60)
 
-    def start(self, *paths: Path, env: Mapping[str, str] | None = None, **options: Any) -> int:
+    def start(
+        self,
+        *paths: Path,
+        env: Mapping[str, str] | None = None,
+        call: str = "extract",
+        **options: Any,
+    ) -> int:
         """Begin ``pkt.extract(*paths, **options)``; `finish` must follow. Returns its process."""
         assert self._process.stdin
-        order = {"paths": [str(path) for path in paths], "env": dict(env or {}), "options": options}
+        order = {
+            "call": call,
+            "paths": [str(path) for path in paths],
+            "env": dict(env or {}),
+            "options": options,
+        }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return int(self._line())
@@ -105,7 +116,8 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import pkt.api
-    import pkt.methods.seeking  # noqa: F401
+    import pkt.methods.seeking
+    import pkt.methods.tuning  # noqa: F401
 
     torch.set_num_threads(1)
     print("ready", flush=True)
@@ -114,7 +126,7 @@ def _serve() -> None:
         child = os.fork()
         if not child:
             os.close(ours)
-            code, text = _extract(json.loads(line))
+            code, text = _obey(json.loads(line))
             os.write(theirs, text.encode())
             os._exit(code)
         os.close(theirs)
@@ -125,12 +137,12 @@ def _serve() -> None:
         print(json.dumps([os.waitstatus_to_exitcode(status), text]), flush=True)
 
 
-def _extract(order: Mapping[str, Any]) -> tuple[int, str]:
+def _obey(order: Mapping[str, Any]) -> tuple[int, str]:
     os.environ.update(order["env"])
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     try:
         with pictureless():
-            made = pkt.extract(*order["paths"], **order["options"])
+            made = getattr(pkt, order["call"])(*order["paths"], **order["options"])
         return 0, json.dumps(dict(made.run))
     except PktError as error:
         return error.exit_code, str(error)

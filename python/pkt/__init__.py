@@ -1,7 +1,8 @@
 """Moves knowledge from a very large language model into a small one.
 
-`pkt.inspect`, `pkt.extract`, `pkt.train` and `pkt.export` do what the commands of the same names
-do and return the records of `pkt.records`. Importing pkt loads no torch.
+`pkt.inspect`, `extract`, `train`, `export` and `evaluate` do what the commands do and return the
+records of `pkt.records`; `pkt.compare.compare` puts starts side by side. Importing pkt loads no
+torch.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkt.api import export, extract, inspect, train
+    from pkt.api import evaluate, export, extract, inspect, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "export", "extract", "inspect", "train"]
+__all__ = ["__version__", "evaluate", "export", "extract", "inspect", "train"]
 
 
 def __getattr__(name: str) -> Any:

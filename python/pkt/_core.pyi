@@ -158,6 +158,9 @@ class Matrix:
     def top_columns(self, k: int) -> list[int]:
         """The k columns of the largest sums, ascending."""
 
+    def sums(self) -> tuple[list[float], list[float]]:
+        """(sum of each row, sum of each column)."""
+
     def cross_score(self, rows: list[int], columns: list[int]) -> float:
         """Sum where chosen rows and columns cross."""
 

@@ -34,8 +34,10 @@ def cut_window(
     """
     logical, chosen = window.row_indices, window.col_indices
     stored = list(logical) if rows is None else [rows[index] for index in logical]
-    block = _read_rows(read, piece, stored, window.col_range)
-    return block[:, torch.tensor(chosen) - chosen[0]] if window.crossed else block
+    if not window.crossed:
+        return _read_rows(read, piece, stored, window.col_range)
+    at = torch.tensor(chosen) - chosen[0]
+    return _read_rows(read, piece, stored, window.col_range, at)
 
 
 def cut_weights(
@@ -85,14 +87,22 @@ def stack_parts(
 
 
 def _read_rows(
-    read: ReadWindow, piece: Piece, stored: Sequence[int], columns: range
+    read: ReadWindow,
+    piece: Piece,
+    stored: Sequence[int],
+    columns: range,
+    at: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """The stored rows in this order, each read once; of ``columns`` only those at ``at``."""
     distinct = sorted(set(stored))
     place = {row: index for index, row in enumerate(distinct)}
+    longest = len(distinct) if at is None else max(1, BLOCK_ELEMENTS // len(columns))
     runs, start = [], 0
     for index in range(1, len(distinct) + 1):
-        if index == len(distinct) or distinct[index] != distinct[index - 1] + 1:
-            runs.append(read(piece, range(distinct[start], distinct[index - 1] + 1), columns))
+        broken = index == len(distinct) or distinct[index] != distinct[index - 1] + 1
+        if broken or index - start == longest:
+            run = read(piece, range(distinct[start], distinct[index - 1] + 1), columns)
+            runs.append(run if at is None else run[:, at])  # what lies between does not stay
             start = index
     block = runs[0] if len(runs) == 1 else torch.cat(runs)
     if list(stored) == distinct:

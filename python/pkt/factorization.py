@@ -18,13 +18,13 @@ def factorize(weight: torch.Tensor, rank: int, split: Split) -> Factors:
     """The best rank-r factors of ``weight``.
 
     Args:
-        weight: (out_features, in_features), any float type.
+        weight: (out_features, in_features), any float type; the work is done where it lies.
         rank: r; clipped to the shorter side.
         split: where the singular values go.
 
     Returns:
-        factors in float32; in each column of U the entry of largest magnitude (the first of
-        equals) is positive, so that runs are comparable.
+        factors in float32 on the CPU; in each column of U the entry of largest magnitude (the
+        first of equals) is positive, so that runs are comparable.
 
     """
     rank = min(rank, *weight.shape)
@@ -50,7 +50,7 @@ def orthogonal_factors(weight: torch.Tensor, rank: int, split: Split, seed: int)
 
     def basis(size: int) -> torch.Tensor:
         gaussian = torch.randn(size, rank, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(gaussian)
+        q, r = torch.linalg.qr(gaussian.to(weight.device))
         haar: torch.Tensor = q * r.diagonal().sign()  # not the signs of Householder's QR
         return haar
 
@@ -91,7 +91,7 @@ def _block_krylov(
     """
     size = weight.shape[0]
     block, generator = max(2 * rank, 32), torch.Generator().manual_seed(0)
-    start = torch.randn(block, weight.shape[1], generator=generator)
+    start = torch.randn(block, weight.shape[1], generator=generator).to(weight.device)
     fresh = _orthonormal(start @ weight.T, start.new_empty(0, size), generator)
     basis, image = fresh, fresh @ weight  # (k, n) and (k, m)
     look = 2 * block
@@ -124,7 +124,8 @@ def _orthonormal(
     rows = rows - (rows @ basis.T) @ basis
     spent = rows.norm(dim=1) <= 1e-4 * before
     if bool(spent.any()):
-        rows[spent] = torch.randn(int(spent.sum()), rows.shape[1], generator=generator)
+        drawn = torch.randn(int(spent.sum()), rows.shape[1], generator=generator)
+        rows[spent] = drawn.to(rows.device)
     for _ in range(3):
         q, _ = torch.linalg.qr(rows.T)
         rows = q.T - (q.T @ basis.T) @ basis
@@ -141,8 +142,8 @@ def _factors(
         for part, rows in zip(weight.split(1024), b.split(1024), strict=True)
     )
     return Factors(
-        b=b.float().contiguous(),
-        a=a.float().contiguous(),
+        b=b.float().cpu().contiguous(),
+        a=a.float().cpu().contiguous(),
         singular_values=tuple(sigma.tolist()),
         residual=error**0.5,
         norm=squared**0.5,

@@ -134,3 +134,17 @@ class Costs:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def one_thread(small: bool) -> Iterator[None]:
+    """One torch thread in the block if its products are so ``small`` that threads cost more."""
+    import torch
+
+    before = torch.get_num_threads()
+    if small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -32,6 +32,8 @@ def make_plan(
     budget: tuple[int, str],
     embeddings: bool = False,
     masks: bool = False,
+    crossed: bool = False,
+    sums: bool = False,
 ) -> Plan:
     """The plan of an extraction.
 
@@ -46,6 +48,8 @@ def make_plan(
         budget: bytes allowed, and where that number comes from.
         embeddings: whether embedding and head are extracted too.
         masks: whether single weights are chosen, whose bit masks are kept.
+        crossed: whether rows and columns are chosen one by one: the columns between are read too.
+        sums: whether the records of all layers, held to the end, keep row and column sums.
 
     Returns:
         the plan with the fastest setting (slots, scores) that fits, or the smallest if none does.
@@ -68,11 +72,14 @@ def make_plan(
     if embeddings and student:
         window = max(window, student.embedding.elements * 12)
     base = PlanPart("torch, transformers, peft", BASE_BYTES)
+    records = _sums_bytes(pairs) * teacher.layers if sums else 0
+    kept = [PlanPart("sums of every layer", records)] if sums else []
 
     def parts(slots: int, matrix: bool) -> tuple[PlanPart, ...]:
         held = max((p.elements for p in matrices), default=0) if matrix else elements
         shared = [
             base,
+            *kept,
             PlanPart(
                 "layer slots", slots * slot, f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
             ),
@@ -89,7 +96,7 @@ def make_plan(
         ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
         if embeddings:
             ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
-        factors = [base, PlanPart("largest window", window), PlanPart("adapter", adapter)]
+        factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
         return tuple(max((sweep, ends, factors), key=lambda p: sum(part.bytes for part in p)))
 
     settings = [(2, False), (1, False), (2, True), (1, True)]
@@ -103,6 +110,7 @@ def make_plan(
         spool += tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item
     if masks:
         spool += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
+    spool += records
     return Plan(
         budget_bytes=budget[0],
         budget_source=budget[1],
@@ -110,7 +118,7 @@ def make_plan(
         smallest_bytes=-(-sizes[smallest] // MIB) * MIB,
         slots=slots,
         scores="matrix" if matrix else "layer",
-        read_bytes=_read_bytes(teacher, student, pairs, embeddings),
+        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums),
         spool_bytes=spool,
         adapter_bytes=adapter,
     )
@@ -162,15 +170,27 @@ def _adapter_bytes(
     return 4 * (layers * student.layers + ends)
 
 
+def _sums_bytes(pairs: Sequence[Pair]) -> int:
+    """Row and column sums of a layer, in float64 as base64."""
+    return sum(8 * (p.teacher_rows + p.teacher.in_features) * 4 // 3 for p in pairs)
+
+
 def _read_bytes(
-    teacher: Model, student: Model | None, pairs: Sequence[Pair], embeddings: bool
+    teacher: Model,
+    student: Model | None,
+    pairs: Sequence[Pair],
+    embeddings: bool,
+    crossed: bool,
+    listed: bool,
 ) -> int:
     layers = sum(p.bytes for layer in teacher.checkpoint.layers for p in layer.values())
     ends = (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
     item = DTYPE_BYTES[(teacher.checkpoint.dtypes() or ["F32"])[0]]
-    windows = sum(p.student.out_features * p.student.in_features for p in pairs) * item
+    widths = [p.teacher.in_features if crossed else p.student.in_features for p in pairs]
+    windows = sum(p.student.out_features * w for p, w in zip(pairs, widths, strict=True)) * item
     windows *= student.layers if student else 0
     if embeddings and student:
-        windows += 2 * student.embedding.elements * item
+        width = (teacher if listed else student).hidden_size  # with the channels between
+        windows += 2 * student.embedding.shape[0] * width * item
         ends += teacher.embedding.bytes + (teacher.head or teacher.embedding).bytes
     return 2 * layers + ends + windows

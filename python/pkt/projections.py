@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pkt.checkpoint import Piece
 from pkt.errors import IncompatibleError, UsageError
+from pkt.heads import kv_splits, structure_problems
 from pkt.models import Model
 from pkt.records import MatchRow, Projection
 
@@ -95,7 +96,11 @@ def physical_rows(projection: Projection, head_dim: int, kv_repeat: int) -> list
 
 
 def match(
-    teacher: Model, student: Model, targets: Sequence[str] | None, embeddings: bool
+    teacher: Model,
+    student: Model,
+    targets: Sequence[str] | None,
+    embeddings: bool,
+    whole_heads: bool = False,
 ) -> tuple[list[Pair], list[MatchRow], list[str]]:
     """Pair every wanted student projection with its teacher projection.
 
@@ -104,6 +109,8 @@ def match(
         student: smaller model.
         targets: roles (``q``) or module names (``q_proj``); ``None`` for all.
         embeddings: whether embedding and head are wanted too.
+        whole_heads: whether heads and neurons must match across matrices (``consistent``); kv heads
+            are then repeated where the student has more of them, not where its matrix is larger.
 
     Returns:
         the pairs, the table of `inspect` (module, teacher shape, student shape, action), and
@@ -135,7 +142,10 @@ def match(
             rows.append(MatchRow(key, None, shape, "refused: not in the teacher", False))
             problems.append(f"{key}: the teacher's layers have no {projection.role} projection")
             continue
-        repeat = _kv_repeat(source, projection, teacher)
+        if whole_heads:
+            repeat = kv_splits(teacher, student) if projection.role in ("k", "v") else 1
+        else:
+            repeat = _kv_repeat(source, projection, teacher)
         pair = Pair(key, projection, source, repeat)
         teacher_shape = (pair.teacher_rows, source.in_features)
         if teacher_shape[0] < shape[0] or teacher_shape[1] < shape[1]:
@@ -147,6 +157,10 @@ def match(
             continue
         rows.append(MatchRow(key, their_shape, shape, _action(pair, shape)))
         pairs.append(pair)
+    if whole_heads:
+        problems += structure_problems(
+            teacher, student, [(pair.key, pair.student, pair.teacher) for pair in pairs]
+        )
     if embeddings:
         _match_embeddings(teacher, student, rows, problems)
     return pairs, rows, problems

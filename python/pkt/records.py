@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 Select = Literal[
-    "window", "rows-cols", "top-weights", "random-window", "random-weights", "orthogonal"
+    "window",
+    "rows-cols",
+    "top-weights",
+    "consistent",
+    "random-window",
+    "random-weights",
+    "orthogonal",
 ]
 LayerRule = Literal["sensitivity", "random", "first", "last"]
 Split = Literal["paper", "balanced"]
@@ -83,9 +89,11 @@ class Window:
     """What was chosen of one teacher matrix for one student matrix.
 
     ``rows`` and ``cols`` are half-open ranges for contiguous windows, index lists for
-    ``rows-cols``, and ``None`` for single weights, where ``mask_sha256`` is the SHA-256 of the
-    chosen flat row-major indices (ascending, little-endian u64). All indices count in the
-    logical (expanded, unfused) matrix.
+    ``rows-cols`` and ``consistent`` (where embedding and head keep a range of all rows), and
+    ``None`` for single weights, where ``mask_sha256`` is the SHA-256 of the chosen flat row-major
+    indices (ascending, little-endian u64). All indices count in the logical (expanded, unfused)
+    matrix. ``score`` is Σ S over what is chosen; for a layer's matrix under ``consistent`` a number
+    it does not exceed (`pkt.consistent.subnetwork_window`).
     """
 
     teacher: str
@@ -94,11 +102,13 @@ class Window:
     cols: tuple[int, ...] | None = None
     mask_sha256: str | None = None
     kv_repeat: int = 1
-    crossed: bool = False  #: rows and cols are index lists
+    crossed: bool = False  #: cols are an index list, and so are rows unless ``every_row``
+    every_row: bool = False  #: rows are a range even so
 
     @property
     def row_indices(self) -> Sequence[int]:
-        return self.rows or () if self.crossed else range(*(self.rows or (0,)))
+        listed = self.crossed and not self.every_row
+        return self.rows or () if listed else range(*(self.rows or (0,)))
 
     @property
     def col_range(self) -> range:
@@ -217,6 +227,16 @@ class Tuning:
     manifest: Mapping[str, Any]
     run: Mapping[str, Any]
     metrics: Sequence[Mapping[str, float]]  #: by step: loss, grad_norm, learning_rate, eval_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A finished `pkt eval`: where it is, its table and scores, and what the run cost."""
+
+    folder: Path
+    results: Mapping[str, Any]  #: results.json
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,16 +67,18 @@ class Ranking:
         """Take note of one finished score matrix."""
         for cut in self._cuts:
             if cut.module == module:
-                name = f"{self._layer_path}.{layer}.{cut.teacher}"
-                window, mask = choose(scores, cut, name, self._select, self._seed)
-                if mask is not None:
-                    self._keep_mask(mask_name(layer, cut.key), mask)
                 bins, shape = heat(scores, cut)
-                packed = base64.b64encode(bins.astype("<f4").tobytes()).decode()
-                self._found[cut.key] = {
-                    "window": asdict(window),
-                    "heat": {"shape": shape, "grid": bins.shape, "bins": packed},
-                }
+                found = {"heat": {"shape": shape, "grid": bins.shape, "bins": _packed(bins, "<f4")}}
+                if self._select == "consistent":  # chosen once the kept layers are known
+                    rows, cols = (np.asarray(each) for each in _logical(scores, cut).sums())
+                    found["sums"] = {"rows": _packed(rows, "<f8"), "cols": _packed(cols, "<f8")}
+                else:
+                    name = f"{self._layer_path}.{layer}.{cut.teacher}"
+                    window, mask = choose(scores, cut, name, self._select, self._seed)
+                    if mask is not None:
+                        self._keep_mask(mask_name(layer, cut.key), mask)
+                    found["window"] = asdict(window)
+                self._found[cut.key] = found
 
     def layer(self, layer: int, score: float) -> dict[str, Any]:
         """The record of a layer whose matrices are all finished, JSON-able."""
@@ -97,6 +99,15 @@ def recorded_window(record: Mapping[str, Any], key: str) -> Window:
     return Window(**held)
 
 
+def recorded_sums(
+    record: Mapping[str, Any], key: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Σ S of each row and of each column of a logical teacher matrix, under ``consistent``."""
+    held = record["cuts"][key]["sums"]
+    rows, cols = (np.frombuffer(base64.b64decode(held[axis]), "<f8") for axis in ("rows", "cols"))
+    return rows, cols
+
+
 def recorded_heat(record: Mapping[str, Any], key: str) -> Heat:
     """The heat map that a layer's record holds for a student projection."""
     held = record["cuts"][key]["heat"]
@@ -113,7 +124,8 @@ def choose(
         scores: stored scores (rows, columns).
         cut: the logical matrix over them and the size wanted.
         name: full name of the teacher's projection; mixed into the seed, so that matrices differ.
-        select: strategy; ``orthogonal`` takes the window (its factors differ later).
+        select: strategy, but for ``consistent``, which no single matrix can decide; ``orthogonal``
+            takes the window (its factors differ later).
         seed: of the random strategies.
 
     Returns:
@@ -186,6 +198,11 @@ def mask_sha256(mask: bytes) -> str:
         found = mask_indices(mask, start, min(start + (1 << 23), 8 * len(mask)))
         digest.update((found + start).astype("<u8").tobytes())
     return digest.hexdigest()
+
+
+def _packed(numbers: NDArray[Any], kind: str) -> str:
+    """Little-endian numbers as base64, for a JSON record."""
+    return base64.b64encode(numbers.astype(kind).tobytes()).decode()
 
 
 def _logical(scores: NDArray[np.float32], cut: Cut) -> _core.Matrix:

@@ -45,6 +45,7 @@ for matrix in (_core.Matrix(scores, shape[1]), _core.Matrix(scores, shape[1], ro
     note(matrix.best_window(311, 200), matrix.best_window(1, 1), matrix.best_window(700, 523))
     note(matrix.top_rows(300), matrix.top_columns(100), matrix.top_weights(12345))
     note(matrix.mask_score(matrix.top_weights(999)), matrix.bin_means(64, 64))
+    note(matrix.sums())
     note(matrix.cross_score(matrix.top_rows(30), matrix.top_columns(20)))
     note(matrix.window_score((3, 650), (1, 500)))
 scores[rows] = 1.0  # many ties

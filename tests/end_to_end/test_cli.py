@@ -22,7 +22,7 @@ from pkt.cli import demo as demo_command
 from pkt.cli.interrupts import Interruption, Interrupts
 from pkt.cli.progress import Progress
 
-COMMANDS = ("inspect", "extract", "env", "demo")
+COMMANDS = ("inspect", "extract", "train", "eval", "compare", "env", "demo")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -501,32 +501,46 @@ def demonstrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
         os.chdir(here)
 
 
-def test_demo_draws_its_result(demonstrated: tuple[Path, Result]) -> None:
+def test_demo_shows_the_whole_job(demonstrated: tuple[Path, Result]) -> None:
     folder, shown = demonstrated
     assert shown.code == 0, shown.err
     lines = shown.out.splitlines()
-    assert lines[-1] == "pkt-demo/out"
+    assert lines[-1] == "pkt-demo"
     assert sum("█" in line for line in lines) == 5
     assert sum(line.startswith("  ● ") for line in lines) == 3
-    assert "pkt-demo/out/report/index.html" in shown.out
-    assert "pkt extract --teacher pkt-demo/stories260k" in shown.out
-    assert (folder / "pkt-demo" / "out" / "report" / "index.html").is_file()
+    assert [line.split()[1] for line in shown.err.splitlines() if line.startswith("$ pkt")] == [
+        "pkt",
+    ] * 4
+    row = next(line for line in lines if line.startswith("| loss | loss"))
+    losses = [float(cell.split("±")[0]) for cell in row.split("|")[3:7]]
+    assert losses[0] == pytest.approx(1.614, abs=1e-3)  # student, two adapters, teacher
+    assert losses[3] == pytest.approx(1.091, abs=1e-3)
+    assert all(abs(loss - losses[0]) < 0.02 for loss in losses[1:3])
+    told = [line for line in lines if ": Once upon a time" in line]
+    assert [line.split(":")[0].strip() for line in told] == ["student", "lora", "tuned", "teacher"]
+    page = (folder / "pkt-demo" / "index.html").read_text(encoding="utf-8")
+    pictures = list((folder / "pkt-demo").glob("*/report/*.png"))
+    assert page.count("data:image/png;base64,") == len(pictures) >= 6
+    assert "Once upon a time" in page
     assert (folder / "pkt-demo" / "LICENCE.md").is_file()
 
 
 def test_demo_again_finds_its_result(demonstrated: tuple[Path, Result]) -> None:
     again = pkt("demo", "--json")
     assert again.code == 0
-    assert "finished already" in again.err
-    assert json.loads(again.out)["output_dir"] == "pkt-demo/out"
+    assert again.err.count("finished already") >= 3
+    assert json.loads(again.out)["output_dir"] == "pkt-demo"
 
 
-def test_the_command_that_demo_names_is_the_same_run(demonstrated: tuple[Path, Result]) -> None:
+def test_the_commands_that_demo_names_are_the_same_runs(
+    demonstrated: tuple[Path, Result],
+) -> None:
     _, shown = demonstrated
-    line = next(line for line in shown.out.splitlines() if line.startswith("The same by hand:"))
-    again = pkt(*shlex.split(line.split(":", 1)[1])[1:])
-    assert again.code == 0
-    assert "finished already" in again.err
+    for line in shown.err.splitlines():
+        if line.startswith("$ pkt ") and " eval " not in line:
+            again = pkt(*shlex.split(line)[2:])
+            assert again.code == 0
+            assert "finished already" in again.err
 
 
 @pytest.mark.parametrize("kind", ["foreign", "changed", "file"])

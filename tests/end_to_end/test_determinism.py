@@ -71,7 +71,7 @@ def test_two_runs_write_the_same_files_pictures_too(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("select", ["window", "rows-cols", "random-weights"])
+@pytest.mark.parametrize("select", ["window", "rows-cols", "consistent", "random-weights"])
 def test_reading_modes_give_the_same_bytes(select: str, case: Case) -> None:
     made = {
         io: case.extract(io=io, select=select, embeddings=True)
@@ -92,6 +92,7 @@ def test_reading_modes_give_the_same_bytes(select: str, case: Case) -> None:
         ("gemma2", {"dtype": "float32"}),
         ("phi3", {"dtype": "bfloat16"}),
         ("gpt_neox", {"dtype": "float32"}),
+        ("llama", {"embeddings": True, "dtype": "float32", "select": "consistent"}),
     ],
 )
 def test_every_setting_of_the_plan_gives_the_same_bytes(

@@ -85,6 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "balanced": ("llama", {"split": "balanced"}),
     "rows-cols": ("llama", {"select": "rows-cols"}),
+    "consistent": ("llama", {"tied": False, "embeddings": True, "select": "consistent"}),
     "fused": ("phi3", {}),
     "interleaved": ("gpt_neox", {}),
     "soft caps": ("gemma2", {}),

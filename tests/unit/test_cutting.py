@@ -22,12 +22,13 @@ class Reader:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
-        self.elements = 0
+        self.elements = self.largest = 0
 
     def __call__(self, piece: Piece, rows: range, cols: range) -> torch.Tensor:
         assert piece is PIECE
         self.rows += rows
         self.elements += len(rows) * len(cols)
+        self.largest = max(self.largest, len(rows) * len(cols))
         return MATRIX[rows.start : rows.stop, cols.start : cols.stop].clone()
 
 
@@ -56,8 +57,13 @@ def test_windows_equal_slices(name: str) -> None:
         assert read.elements == len(read.rows) * 4, "only the bytes of the window"
 
 
+@pytest.mark.parametrize("block", [1, 14, 1 << 20])
 @pytest.mark.parametrize("name", ROW_MAPS)
-def test_crossed_rows_and_columns_equal_indexing(name: str) -> None:
+def test_crossed_rows_and_columns_equal_indexing(
+    name: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows of a span are never held beyond a block: a run of rows is read in parts."""
+    monkeypatch.setattr(cutting, "BLOCK_ELEMENTS", block)
     rows = ROW_MAPS[name]
     whole, draw = logical(rows), random.Random(0)
     for _ in range(20):
@@ -69,6 +75,16 @@ def test_crossed_rows_and_columns_equal_indexing(name: str) -> None:
         cut = cut_window(read, PIECE, Window("t", 0.0, *chosen, crossed=True), rows)
         assert torch.equal(cut, whole[list(chosen[0])][:, list(chosen[1])])
         assert len(read.rows) == len(set(read.rows)) <= 3
+        assert read.largest <= max(block, 7)
+
+
+def test_chosen_columns_of_a_range_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutting, "BLOCK_ELEMENTS", 21)
+    window = Window("t", 0.0, (2, 11), (1, 3, 4), crossed=True, every_row=True)
+    read = Reader()
+    assert torch.equal(cut_window(read, PIECE, window, None), MATRIX[2:11][:, [1, 3, 4]])
+    assert read.rows == list(range(2, 11))
+    assert read.largest == 5 * 4
 
 
 @pytest.mark.parametrize("block", [1, 8 * 7, 1 << 20])

@@ -113,6 +113,22 @@ def test_what_grows_and_what_does_not(pair: tuple[Model, Model]) -> None:
     assert planned(pair, dtype="F32").peak_bytes > base.peak_bytes
 
 
+def test_sums_of_every_layer_are_held_and_kept(pair: tuple[Model, Model]) -> None:
+    """8 bytes for each row and column of seven matrices, a third more as base64."""
+    base, sums = planned(pair), planned(pair, sums=True)
+    numbers = 4 * (4096 + 4096) + 3 * (11008 + 4096)
+    size = pytest.approx(3 * numbers * 8 * 4 / 3, abs=100)
+    assert part(sums, "sums of every layer") == size
+    assert sums.peak_bytes - base.peak_bytes == size
+    assert sums.spool_bytes - base.spool_bytes == size
+
+
+def test_crossed_rows_and_columns_read_the_columns_between(pair: tuple[Model, Model]) -> None:
+    base, crossed = planned(pair).read_bytes, planned(pair, crossed=True).read_bytes
+    more = 4 * 2048 * 2048 + 2 * 5504 * 2048 + 2048 * 5504  # twice the columns
+    assert crossed - base == 2 * more * 2
+
+
 def test_depth_costs_disk_and_reading_but_no_memory(tmp_path: Path) -> None:
     """Law 4 on paper: 8 and 32 layers of one width hold the same."""
     small = sparse(tmp_path / "s", 2, 1024, 2048, 8)
@@ -137,6 +153,19 @@ def test_read_and_adapter_bytes_are_those_of_the_run(embeddings: bool, tmp_path:
     assert task.plan.read_bytes == pytest.approx(made.run["bytes_read"], abs=4 * norm)
     size = (made.folder / "adapter_model.safetensors").stat().st_size
     assert task.plan.adapter_bytes == pytest.approx(size, abs=20_000)  # names in the header
+
+
+@pytest.mark.parametrize("select", ["rows-cols", "consistent"])
+def test_reading_of_crossed_windows_stays_within_the_plan(select: Any, tmp_path: Path) -> None:
+    """The columns before the first and after the last are not read, nor a row twice."""
+    teacher, student = build_pair(tmp_path, "llama", "llama", tied=False)
+    seeds = write_seeds(tmp_path / "seeds.jsonl")
+    options = {"rank": 4, "embeddings": True, "select": select}
+    task = pkt.api.prepare(str(teacher), str(student), seeds, **options)
+    with runs.pictureless():
+        made = pkt.api.execute(task, tmp_path / "out", io="mmap")
+    norm, read = 48 * 4, made.run["bytes_read"]
+    assert 0.9 * task.plan.read_bytes < read < task.plan.read_bytes + 4 * norm
 
 
 def test_the_work_folder_stays_within_the_plan(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def example(select="window", teacher_layers=5, kept=(0, 2, 4), fill=None, embedd
         for suffix, (rows, cols, n, m) in SHAPES.items():
             key = f"model.layers.{student}.{suffix}"
             window = {"teacher": f"model.layers.{teacher}.{suffix}", "score": 1.5, "kv_repeat": 1}
-            if select == "rows-cols":
+            if select in ("rows-cols", "consistent"):
                 window |= {"rows": list(range(0, rows, rows // n))[:n], "cols": list(range(m))}
             elif select == "top-weights":
                 window |= {"mask_sha256": "ab" * 32}
@@ -44,6 +44,8 @@ def example(select="window", teacher_layers=5, kept=(0, 2, 4), fill=None, embedd
             spectra[key] = [3.0, 2.0, 1.0, 0.0]
     if embeddings:
         window = {"teacher": "model.embed_tokens", "score": 9.0, "rows": [0, 512], "cols": [5, 37]}
+        if select == "consistent":
+            window["cols"] = list(range(1, 64, 2))
         windows["model.embed_tokens"] = window
         heat["model.embed_tokens"] = Heat(rng.lognormal(size=(1, 64)).tolist(), 512, 64)
         spectra["model.embed_tokens"] = [4.0]
@@ -93,7 +95,7 @@ def read(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("select", ["window", "rows-cols", "top-weights"])
+@pytest.mark.parametrize("select", ["window", "rows-cols", "top-weights", "consistent"])
 def test_the_page_holds_every_picture_and_points_nowhere(tmp_path, select):
     index = write_report(tmp_path / "a" / "report", *example(select))
     assert index == tmp_path / "a" / "report" / "index.html"
@@ -130,6 +132,7 @@ def test_values_are_escaped_and_keys_with_a_hash_are_shown(tmp_path):
     [
         ("window", ["3:35", "84:172", "0:512", "5:37"]),
         ("rows-cols", ["0, 2, 4, … 62 (32)", "0, 1, 2, … 87 (88)", "0:512", "5:37"]),
+        ("consistent", ["0, 2, 4, … 62 (32)", "0, 1, 2, … 87 (88)", "0:512", "1, 3, 5, … 63 (32)"]),
         ("top-weights", ["single weights"]),
     ],
 )
@@ -249,10 +252,20 @@ def test_margins_show_the_chosen_share_of_each_bin(size):
     assert np.allclose(share, expected)
 
 
+def test_a_score_that_is_a_bound_says_so(tmp_path):
+    for select, said in (("rows-cols", False), ("consistent", True)):
+        page = write_report(tmp_path / select, *example(select)).read_text(encoding="utf-8")
+        assert ("at most: the smaller of the sums" in page) == said
+
+
 def test_only_rows_and_columns_of_layers_are_lists():
     assert pictures.is_listed("model.layers.0.mlp.up_proj", "rows-cols")
     assert not pictures.is_listed("model.layers.0.mlp.up_proj", "window")
-    assert not pictures.is_listed("model.embed_tokens", "rows-cols")
+    for axis in ("rows", "cols"):
+        assert pictures.is_listed("model.layers.0.mlp.up_proj", "consistent", axis)
+        assert not pictures.is_listed("model.embed_tokens", "rows-cols", axis)
+    assert pictures.is_listed("model.embed_tokens", "consistent", "cols")
+    assert not pictures.is_listed("model.embed_tokens", "consistent", "rows")
 
 
 def test_bins_may_be_lists():

@@ -1,5 +1,11 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
+from pkt.api.evaluating import (
+    data_formats,
+    evaluate,
+    execute_evaluation,
+    prepare_evaluation,
+)
 from pkt.api.exporting import execute_export, export, finished_export, prepare_export
 from pkt.api.extracting import (
     check_device,
@@ -9,11 +15,16 @@ from pkt.api.extracting import (
     prepare,
     require_fit,
 )
+from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
     "check_device",
+    "continuations",
+    "data_formats",
+    "evaluate",
     "execute",
+    "execute_evaluation",
     "execute_export",
     "execute_training",
     "export",
@@ -22,8 +33,10 @@ __all__ = [
     "inspect",
     "pick_device",
     "prepare",
+    "prepare_evaluation",
     "prepare_export",
     "prepare_training",
     "require_fit",
     "train",
+    "write_overview",
 ]

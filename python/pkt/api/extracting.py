@@ -49,7 +49,7 @@ def inspect(
         dtype: auto, float32 or bfloat16.
         seeds: number of seeds assumed.
         tokens: length of a seed assumed.
-        select: strategy; single weights need disk for their masks.
+        select: strategy; each has its own needs of disk, and ``consistent`` of shapes.
         aliases: table of aliases; ``None`` for the built-in one.
 
     Raises:
@@ -63,14 +63,16 @@ def inspect(
     rows: list[Any] = []
     problems: list[str] = []
     if small:
-        pairs, rows, problems = match(big, small, targets, embeddings)
+        pairs, rows, problems = match(
+            big, small, targets, embeddings, whole_heads=select == "consistent"
+        )
         if embeddings:
             problems += _vocabulary_problems(big, small)
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
         longest=tokens, budget=budget(max_ram), embeddings=embeddings,
-        masks=select in ("top-weights", "random-weights"),
+        **_records(select),
     )  # fmt: skip
     notes = [f"{seeds} seeds of {tokens} tokens assumed"]
     for model in (big, small):
@@ -126,14 +128,17 @@ def prepare(
     table = load_aliases(None) if aliases is None else aliases
     big = open_model(teacher, table, "teacher")
     small = open_model(student, table, "student")
-    pairs, _, problems = match(big, small, targets, embeddings)
+    whole = select == "consistent"
+    pairs, _, problems = match(big, small, targets, embeddings, whole_heads=whole)
     if embeddings:
         problems += _vocabulary_problems(big, small)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise IncompatibleError(
             f"{teacher} → {student}: {problems[0]}{more}",
-            f"pkt inspect --teacher {teacher} --student {student} shows every module",
+            f"pkt inspect --teacher {teacher} --student {student}"
+            + (" --select consistent" if whole else "")
+            + " shows every module",
         )
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
     from pkt.samples import read_samples
@@ -147,7 +152,7 @@ def prepare(
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
         budget=budget(max_ram), embeddings=embeddings,
-        masks=select in ("top-weights", "random-weights"),
+        **_records(select),
     )  # fmt: skip
     config = Config(
         rank=rank, layers=layers, select=select, split=split,
@@ -284,6 +289,15 @@ def description(model: Model) -> dict[str, Any]:
         + sum(p.elements for p in model.checkpoint.outer.values()),
         "bytes": model.checkpoint.bytes,
         "shards": len(model.checkpoint.files),
+    }
+
+
+def _records(select: Select) -> dict[str, bool]:
+    """What a strategy keeps of every layer and reads of its windows, for the plan."""
+    return {
+        "masks": select in ("top-weights", "random-weights"),
+        "crossed": select in ("rows-cols", "consistent"),
+        "sums": select == "consistent",
     }
 
 

@@ -22,6 +22,7 @@ from pkt.cli.compare import compare
 from pkt.cli.demo import demo
 from pkt.cli.env import env
 from pkt.cli.environment import debugging, set_up
+from pkt.cli.eval import evaluate
 from pkt.cli.export import export
 from pkt.cli.extract import extract
 from pkt.cli.inspect import inspect
@@ -46,7 +47,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, train, export, compare, env, demo):
+for command in (inspect, extract, train, export, evaluate, compare, env, demo):
     commands.add_command(command)
 
 

@@ -1,61 +1,109 @@
-"""`pkt demo`: the main job on the built-in pair, offline, drawn as text and as a page.
+"""`pkt demo`: the whole job on the built-in pair, offline: extract, train, evaluate.
 
 Teacher: karpathy's stories260K (llama2.c, MIT); student: three layers trained on its stories.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
+from pkt import api
 from pkt.cli import options
+from pkt.cli.eval import evaluate
+from pkt.cli.extract import extract
 from pkt.cli.options import Session
-from pkt.cli.running import perform, prepare, result_json
-from pkt.cli.tables import bars, windows_table
+from pkt.cli.tables import bars
+from pkt.cli.train import train
 from pkt.errors import OutputError
-from pkt.records import Extraction
 
-RANK = 4
-SHOWN_WINDOWS = 7
+RANK = 4  # at 16 the student's k and v would be replaced whole
+#: Each start at its own best rate of `pkt compare` on this pair (benches/record/compare.txt).
+RATES = {"lora": "1e-3", "tuned": "1e-4"}
+TRAINING = ("--rank", str(RANK), "--max-steps", "40", "--batch-size", "16", "--micro-batch", "8",
+            "--dropout", "0", "--template", "none", "--no-gradient-checkpointing",
+            "--device", "cpu")  # fmt: skip
+PROMPT, STORY_TOKENS = "Once upon a time", 60
 
 
-@click.command(short_help="Run the main job on a built-in pair, offline.")
+@click.command(short_help="The whole job on a built-in pair, offline.")
 @click.option(
     "-o", "--output-dir", type=click.Path(path_type=Path), default=Path("pkt-demo"),
-    show_default=True, metavar="DIR", help="Folder for the pair and the result.",
+    show_default=True, metavar="DIR", help="Folder for the pair and the results.",
 )  # fmt: skip
 @options.as_json
 @options.quiet
 @click.pass_obj
 def demo(session: Session, output_dir: Path, as_json: bool, quiet: bool) -> None:
-    """Run `pkt extract` on a built-in pair of tiny models: offline, in under a minute.
+    """Extract, train and evaluate on a built-in pair of tiny models: offline, within two minutes.
 
-    DIR gets both models, their story files, and the result in DIR/out.
+    A start is extracted from the teacher, the student is fine-tuned from it and, beside it, as a
+    plain LoRA; then all of them are measured on stories none has seen, and each writes one. DIR
+    gets the models, the stories and every result; DIR/index.html shows them all.
     """
-    pair = {name: str(path) for name, path in unpack(output_dir)._asdict().items()}
-    words = [word for name, path in pair.items() for word in (f"--{name}", path)]
-    words += ["--rank", str(RANK), "-o", str(output_dir / "out")]
-    command = shlex.join(["pkt", "extract", *words])
+    pair = unpack(output_dir)
+    for words in _commands(output_dir, pair):
+        _run(session, words, quiet)
+    scores = json.loads((output_dir / "scores" / "results.json").read_text(encoding="utf-8"))
+    adapters = {name: output_dir / name for name in RATES}
+    stories = api.continuations(
+        PROMPT, str(pair.student), str(pair.teacher), adapters, max_new_tokens=STORY_TOKENS
+    )
+    extracted = json.loads((output_dir / "start" / "pkt_manifest.json").read_text("utf-8"))
+    table = (output_dir / "scores" / "results.md").read_text(encoding="utf-8").rstrip()
+    page = api.write_overview(output_dir, table, stories)
+    if as_json:
+        found = {"output_dir": str(output_dir), "page": str(page), "stories": stories}
+        click.echo(json.dumps({**found, "results": scores}, indent=1))
+    else:
+        click.echo(_text(extracted, table, stories, page, output_dir))
+
+
+def _commands(folder: Path, pair: BuiltInPair) -> Iterator[tuple[Any, list[str]]]:
+    """What a user would type, step by step."""
+    models = ["--teacher", str(pair.teacher), "--student", str(pair.student)]
+    start, scores = str(folder / "start"), str(folder / "scores")
+    yield extract, [*models, "--seeds", str(pair.seeds), "--rank", str(RANK), "-o", start]
+    for name, init in (("tuned", start), ("lora", "lora")):
+        data = ["--data", str(pair.train), "--eval-data", str(pair.test)]
+        words = ["--student", str(pair.student), "--init", init, *data, "--lr", RATES[name]]
+        yield train, [*words, *TRAINING, "-o", str(folder / name)]
+    adapters = [word for name in RATES for word in ("--adapter", str(folder / name))]
+    words = ["--model", str(pair.student), *adapters, "--teacher", str(pair.teacher)]
+    words += ["--tasks", "loss", "--data", str(pair.test), "--template", "none"]
+    yield evaluate, [*words, "--device", "cpu", "-o", scores]
+
+
+def _run(session: Session, step: tuple[Any, Sequence[str]], quiet: bool) -> None:
+    """One command as if it had been typed; what it prints on stdout is shown in the end."""
+    command, words = step
     if not quiet:
-        click.echo(f"$ {command}", err=True)
-    task = prepare(say=not quiet, rank=RANK, **pair)
-    made = perform(session, task, output_dir / "out", say=not quiet)
-    click.echo(result_json(made) if as_json else _text(made, command))
+        click.echo(f"$ {shlex.join(['pkt', command.name, *words])}", err=True)
+    called = Session((command.name, *words), session.interrupts)
+    with contextlib.redirect_stdout(io.StringIO()):
+        arguments = [*words, *(["-q"] if quiet else [])]
+        command.main(arguments, f"pkt {command.name}", standalone_mode=False, obj=called)
+    if not quiet:
+        click.echo("", err=True)
 
 
 class BuiltInPair(NamedTuple):
-    """Where the pair and its seeds lie."""
+    """Where the pair and its stories lie."""
 
     teacher: Path
     student: Path
     seeds: Path
+    train: Path
+    test: Path
 
 
 def unpack(folder: Path) -> BuiltInPair:
@@ -66,7 +114,8 @@ def unpack(folder: Path) -> BuiltInPair:
 
     """
     files = dict(_files(resources.files("pkt") / "data" / "demo"))
-    ours = {Path(name).parts[0] for name in files} | {"out"}
+    results = {"start", "scores", "index.html", *RATES}
+    ours = {Path(name).parts[0] for name in files} | results
     try:
         found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     except NotADirectoryError as error:
@@ -87,7 +136,9 @@ def unpack(folder: Path) -> BuiltInPair:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(source.read_bytes())
     return BuiltInPair(
-        folder / "stories260k", folder / "stories50k", folder / "stories_seeds.jsonl"
+        folder / "stories260k",
+        folder / "stories50k",
+        *(folder / f"stories_{part}.jsonl" for part in ("seeds", "train", "test")),
     )
 
 
@@ -99,24 +150,26 @@ def _files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, Travers
             yield f"{prefix}{entry.name}", entry
 
 
-def _text(made: Extraction, command: str) -> str:
-    manifest, windows = made.manifest, made.manifest["windows"]
-    shown = dict(islice(windows.items(), SHOWN_WINDOWS))
-    layers = bars(manifest["layer_scores"], manifest["layers"])
+def _text(
+    extracted: dict[str, Any], table: str, stories: dict[str, str], page: Path, folder: Path
+) -> str:
+    layers = bars(extracted["layer_scores"], extracted["layers"])
+    told = [f"  {name}: {' '.join(story.split())}" for name, story in stories.items()]
     return "\n".join(
         [
             "Sensitivity of each teacher layer; the student has "
-            f"{len(manifest['layers'])} layers, so as many are kept (●):",
+            f"{len(extracted['layers'])} layers, so as many are kept (●):",
             layers,
             "",
-            f"Most sensitive window of each matrix ({len(shown)} of {len(windows)}):",
-            windows_table(shown),
+            "On stories that none of them has seen (tuned: from the extracted start; lora: plain):",
+            table,
             "",
-            f"Pictures: {made.folder / 'report' / 'index.html'}",
-            f"The same by hand:  {command}",
-            "Your own models:   pkt extract --teacher TEACHER --student STUDENT "
-            "--seeds SEEDS.jsonl -o OUT",
+            f"Greedy, from “{PROMPT}”:",
+            *told,
             "",
-            str(made.folder),
+            f"Pictures: {page}",
+            "Your own models: the commands above, each shown after a $.",
+            "",
+            str(folder),
         ]
     )

@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, about forty plain lines elsewhere."""
+"""How far training is: a bar on a terminal, about twenty plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_LINES = 40
+_LINES = 20
 
 
 class Steps:
@@ -40,7 +40,7 @@ class Steps:
             self._line(f"step {done:5}  held-out loss {metrics['eval_loss']:.4f}")
         elif self._terminal:
             self._draw(done, total, metrics)
-        elif done == total or done % max(1, total // _LINES) == 0:
+        elif done in (self._first, total) or done % max(1, total // _LINES) == 0:
             self._line(
                 f"step {done:5}/{total}  loss {metrics['loss']:.4f}  "
                 f"lr {metrics['learning_rate']:.2e}{self._pace(done, total)}"

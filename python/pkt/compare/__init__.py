@@ -69,7 +69,8 @@ def compare(
         data: JSONL file of training examples.
         eval_data: JSONL file that chooses the rates; halved if there is no ``test_data``: rows of
             odd number choose, rows of even number are the test.
-        output_dir: new, empty, or this very comparison's.
+        output_dir: new, empty, or this very comparison's; one that is finished is extended by
+            further arms, rates or repeats.
         arms: of `ARMS`, or made by `varied`.
         test_data: JSONL file of the result.
         lrs: the grid to begin with; ``None``: 3e-4, 1e-3, 3e-3.
@@ -108,11 +109,15 @@ def compare(
         Path(norms_from) if norms_from else None, device,
     )  # fmt: skip
     rates = tuple(lrs or START)
-    identity = _identity(setting, base, arms, rates, repeats)
+    shared = _identity(setting, base)
+    asked = {"arms": {arm.name: arm.options() for arm in arms}, "rates": list(rates)}
+    identity = {**shared, **asked, "repeats": repeats}
     names = ("results.json", "results.md", "details", "report")
     if not overwrite and finished(folder, identity, names):
         return Comparison.read(folder)
-    with peak.running(), run_folder(folder, identity, overwrite) as work:
+    with peak.running(), run_folder(folder, shared, overwrite) as work:
+        if (folder / "details").is_dir() and not (work / "cells").exists():
+            shutil.copytree(folder / "details", work / "cells")  # of fewer arms or repeats
         cells = Cells(setting, work, stop, report)
         with costs.phase("references"):
             lines = _references(setting, base, cells, torch.device(device))
@@ -150,12 +155,11 @@ def compare(
     return Comparison(folder, found)
 
 
-def _identity(
-    setting: Setting, base: Any, arms: Sequence[Arm], rates: Sequence[float], repeats: int
-) -> dict[str, Any]:
+def _identity(setting: Setting, base: Any) -> dict[str, Any]:
+    """What all cells share: as long as it is the same, none is trained again."""
     from pkt.models import open_model
 
-    shared = {
+    options = {
         "extract": {k: v for k, v in setting.extract.items() if k not in ("aliases", "max_ram")},
         "train": {k: v for k, v in setting.train.items() if k not in ("aliases", "max_ram")},
     }
@@ -170,13 +174,7 @@ def _identity(
         "seeds": _sha256(setting.seeds),
         "validation": setting.validation.sha256,
         "test": setting.test.sha256,
-        "arms": {
-            arm.name: {"extract": arm.extract, "train": arm.train, "examples": arm.examples}
-            for arm in arms
-        },
-        "rates": list(rates),
-        "repeats": repeats,
-        "options": shared,
+        "options": options,
         "norms_from": bool(setting.norms_from),
         "device": setting.device,
     }

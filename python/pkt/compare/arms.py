@@ -31,6 +31,10 @@ class Arm:
         """Whether anything of the teacher reaches the student."""
         return self.extract is not None
 
+    def options(self) -> dict[str, Any]:
+        """What of it changes its results, JSON-able."""
+        return {"extract": self.extract, "train": self.train, "examples": self.examples}
+
     @property
     def random_start(self) -> bool:
         """Whether its extraction depends on the repeat."""

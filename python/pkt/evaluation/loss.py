@@ -1,110 +1,100 @@
-"""Cross-entropy of a model on samples, in nats over the tokens that count."""
+"""Cross-entropy over answer tokens: how well a model predicts the texts it is shown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch.nn import functional as F
 
+from pkt.errors import PktError
+from pkt.evaluation.logits import (
+    AnswerLogits,
+    batches,
+    device_of,
+    evaluating,
+    parts,
+    vocabulary_rows,
+)
 from pkt.records import Sample
 
-CHUNK_LOGITS = 1 << 24  # logits whose log-softmax is made at once, in float32: 64 MiB
+Step = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleLoss:
-    """The loss of one sample."""
+    """What one sample contributes to a mean loss."""
 
-    name: str
-    nll_sum: float  #: Σ −log p(token), nats
-    tokens: int  #: that count
-
-    @property
-    def mean(self) -> float:
-        """Nats a token."""
-        return self.nll_sum / self.tokens
+    name: str  #: the sample's, "test.jsonl:12"
+    nll_sum: float  #: Σ −log p(token), nats, over its answer tokens
+    tokens: int  #: answer tokens
 
 
-@torch.no_grad()
 def cross_entropy(
-    model: Any, samples: Sequence[Sample], *, batch_tokens: int = 4096
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_tokens: int = 4096,
+    notify: Step = lambda done, total: None,
 ) -> list[ExampleLoss]:
-    """The loss of each sample: Σ −log p over its tokens in the loss.
+    """Negative log-likelihood of each sample's answer tokens, in the samples' order.
 
-    Log-softmax in float32, sums in float64. Samples of similar length share a batch; the model's
-    mode is left as it was.
+    ``nll_j = −Σ_{i: mask_i} log softmax(z_{i−1})[token_i]``; softmax in float32 over the whole
+    vocabulary, sums in float64.
 
     Args:
-        model: causal language model, on its device.
-        samples: to measure.
-        batch_tokens: most tokens of a batch, padding counted (a longer sample is one alone).
+        model: transformers' …ForCausalLM or a PeftModel; on any device, its mode is left as found.
+        samples: token ids and loss masks of `pkt.records.Sample`.
+        batch_tokens: most tokens in a batch; changes a result by rounding only.
+        notify: told of (samples done, samples in all).
+
+    Raises:
+        PktError: a loss is NaN or infinite; names the sample.
 
     """
-    training = model.training
-    model.eval()
-    found: dict[int, ExampleLoss] = {}
-    for batch in batches(samples, batch_tokens):
-        ids, attention, counts = padded([samples[index] for index in batch], model.device)
-        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        for row, index in enumerate(batch):
-            wanted = counts[row, 1:]
-            nll = token_losses(logits[row, :-1][wanted], ids[row, 1:][wanted])
-            sample = samples[index]
-            found[index] = ExampleLoss(sample.name, float(nll.sum()), sample.loss_tokens)
-    model.train(training)
-    return [found[index] for index in range(len(samples))]
+    sums = [0.0] * len(samples)
+    rows, done = vocabulary_rows(model), 0
+    with evaluating(model):
+        for batch in batches(samples, batch_tokens, device_of(model)):
+            logits = AnswerLogits(model, batch)
+            total = torch.zeros(len(batch.indices), dtype=torch.float64)
+            for part in parts(len(batch.target), rows):
+                nll = F.cross_entropy(logits[part], batch.target[part], reduction="none")
+                total.index_add_(0, batch.row[part].cpu(), nll.double().cpu())
+            for index, value in zip(batch.indices, total.tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise PktError(
+                        f"{samples[index].name}: its loss is {value}",
+                        "check the weights; float16 overflows where --dtype float32 does not",
+                    )
+                sums[index] = value
+            done += len(batch.indices)
+            notify(done, len(samples))
+    return [
+        ExampleLoss(sample.name, nll, sample.loss_tokens)
+        for sample, nll in zip(samples, sums, strict=True)
+    ]
 
 
 def mean_loss(losses: Sequence[ExampleLoss]) -> tuple[float, float]:
-    """Mean loss a token, Σ nll / Σ tokens, and its standard error over examples.
+    """Mean nats an answer token, and its standard error over examples.
 
-    A ratio of two sums over n examples: √(n/(n−1) · Σ(nll_i − m·t_i)²) / Σt; NaN for one example.
+    ``m = Σ nll_j / Σ n_j``. Tokens of one text are not independent: the error is that of a ratio
+    over N whole examples, ``√(N / (N − 1) · Σ (nll_j − m n_j)²) / Σ n_j``; NaN for one example.
     """
-    tokens = sum(loss.tokens for loss in losses)
-    mean = math.fsum(loss.nll_sum for loss in losses) / tokens
-    count = len(losses)
-    if count < 2:
+    return ratio_mean([loss.nll_sum for loss in losses], [loss.tokens for loss in losses])
+
+
+def ratio_mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """``Σ sums / Σ counts`` and its standard error over examples; see `mean_loss`."""
+    total = sum(counts)
+    if not total:
+        return math.nan, math.nan
+    mean, number = math.fsum(sums) / total, len(sums)
+    if number < 2:
         return mean, math.nan
-    spread = math.fsum((loss.nll_sum - mean * loss.tokens) ** 2 for loss in losses)
-    return mean, math.sqrt(count / (count - 1) * spread) / tokens
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """−log p of each target, float64 (n,), from logits (n, V) by chunks of positions."""
-    step = max(1, CHUNK_LOGITS // logits.shape[-1])
-    parts = [
-        F.cross_entropy(logits[i : i + step].float(), targets[i : i + step], reduction="none")
-        for i in range(0, len(targets), step)
-    ]
-    return torch.cat(parts).double()
-
-
-def batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of samples that share a batch, longest first: what does not fit fails at once."""
-    batch: list[int] = []
-    for index in sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens)):
-        longest = len(samples[batch[0]].tokens) if batch else 0
-        if batch and (len(batch) + 1) * longest > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def padded(
-    samples: Sequence[Sample], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, attention mask and which tokens count, each (samples, longest)."""
-    longest = max(len(sample.tokens) for sample in samples)
-    ids = torch.zeros(len(samples), longest, dtype=torch.long)
-    attention, counts = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        size = len(sample.tokens)
-        ids[row, :size], attention[row, :size] = torch.tensor(sample.tokens), 1
-        counts[row, :size] = torch.tensor(sample.loss_mask)
-    return ids.to(device), attention.to(device), counts.to(device)
+    squares = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    return mean, math.sqrt(number / (number - 1) * squares) / total

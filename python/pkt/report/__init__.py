@@ -20,9 +20,10 @@ from pkt.errors import OutputError
 from pkt.records import Heat
 from pkt.report.comparison import write_comparison
 from pkt.report.curves import write_curves
+from pkt.report.overview import write_overview
 from pkt.report.pictures import draw, is_listed
 
-__all__ = ["write_comparison", "write_curves", "write_report"]
+__all__ = ["write_comparison", "write_curves", "write_overview", "write_report"]
 
 _MAPS = "sensitivity_"  # what the names of pictures of scores begin with
 
@@ -81,8 +82,10 @@ def _page(
     select = manifest["options"]["select"]
     windows = []
     for key, window in manifest["windows"].items():
-        listed = is_listed(key, select)
-        shown = {axis: _indices(window.get(axis), listed) for axis in ("rows", "cols")}
+        shown = {
+            axis: _indices(window.get(axis), is_listed(key, select, axis))
+            for axis in ("rows", "cols")
+        }
         module = key.partition("#")[0]  # the factors of a fused module are those of all its parts
         kept = energy.get(key, energy.get(module))
         windows.append({"kv_repeat": 1, **window, **shown, "student": key, "energy": kept})

@@ -121,6 +121,7 @@ def _sensitivity(
     _colour_bar(figure, ScalarMappable(norm, HEAT))
     shown = {
         "rows-cols": "orange margins: how densely rows and columns are chosen",
+        "consistent": "orange margins: how densely channels, heads and neurons are chosen",
         "top-weights": "single weights are chosen, so no window is outlined",
         "random-weights": "single weights are chosen, so no window is outlined",
     }.get(select, "outlined: the window that the student takes")
@@ -170,9 +171,13 @@ def _profiles(manifest: Mapping[str, Any], heat: Mapping[str, Heat], keys: list[
         axes.set(yscale="log", xlim=(0, scores.cols), ylim=(low / 1.5, high * 1.5))
         axes.set(xlabel="column" if key == keys[-1] else "", ylabel="mean |θ·∂L/∂θ|")
         _log_ticks(axes)
-        axes.axvspan(*cols, facecolor=WINDOW, alpha=0.12, zorder=0)
-        axes.vlines(cols, *axes.get_ylim(), color=WINDOW, linewidth=1.8, clip_on=False)
-        _heading(axes, key, [f"columns {cols[0]}:{cols[1]} of {scores.cols}"])
+        if is_listed(key, manifest["options"]["select"], "cols"):
+            _margin(axes, (0, 1.03, 1, 0.08), _share(cols, scores.cols)[None, :])
+            _heading(axes, key, [f"{len(cols)} of {scores.cols} columns"], 8)
+        else:
+            axes.axvspan(*cols, facecolor=WINDOW, alpha=0.12, zorder=0)
+            axes.vlines(cols, *axes.get_ylim(), color=WINDOW, linewidth=1.8, clip_on=False)
+            _heading(axes, key, [f"columns {cols[0]}:{cols[1]} of {scores.cols}"])
     title(
         figure,
         "Embeddings and head",
@@ -302,12 +307,14 @@ def _log_range(values: Array) -> tuple[float, float]:
     return min(float(np.percentile(positive, 1)), top / 2), top
 
 
-def is_listed(key: str, select: str) -> bool:
-    """Whether the rows and columns of a window are lists of indices, not ``[start, stop)``.
+def is_listed(key: str, select: str, axis: str = "rows") -> bool:
+    """Whether a window's ``rows`` or ``cols`` are a list of indices, not ``[start, stop)``.
 
-    Embeddings and head have a contiguous window under every strategy.
+    Embeddings and head keep every row; their columns are a run, but under ``consistent``.
     """
-    return select == "rows-cols" and _layer(key) != OUTSIDE
+    if _layer(key) == OUTSIDE:
+        return select == "consistent" and axis == "cols"
+    return select in ("rows-cols", "consistent")
 
 
 def _share(chosen: Sequence[int], size: int) -> Array:

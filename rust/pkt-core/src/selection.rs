@@ -31,7 +31,7 @@ mod window;
 pub use grid::bin_means;
 pub use matrix::Matrix;
 pub use random::{random_weights, random_window};
-pub use top::{cross_score, top_columns, top_layers, top_rows};
+pub use top::{cross_score, sums, top_columns, top_layers, top_rows};
 pub use weights::{mask_score, top_weights};
 pub use window::{Window, best_columns, best_window, window_score};
 

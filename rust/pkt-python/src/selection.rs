@@ -65,6 +65,11 @@ impl Matrix {
         self.with(py, |matrix| core::top_columns(matrix, k))
     }
 
+    /// (sum of each row, sum of each column).
+    fn sums(&self, py: Python<'_>) -> PyResult<(Vec<f64>, Vec<f64>)> {
+        self.with(py, |matrix| Ok(core::sums(matrix)))
+    }
+
     /// Sum where chosen rows and columns cross.
     fn cross_score(&self, py: Python<'_>, rows: Vec<usize>, columns: Vec<usize>) -> PyResult<f64> {
         self.with(py, |matrix| core::cross_score(matrix, &rows, &columns))

@@ -16,15 +16,13 @@ W = UΣVᵀ → B, A    `factorize`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_adapter
 from pkt.card import model_card
-from pkt.host import Costs, PeakMeter
+from pkt.host import Costs, PeakMeter, one_thread
 from pkt.methods.seeking.record import manifest, run_record
 from pkt.methods.seeking.steps import Notify, Start, extract_start, require_linear, score
 from pkt.methods.seeking.task import DTYPES, Config, Task
@@ -66,7 +64,11 @@ def run(
     config, place = task.config, torch.device(device)
     dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
     identity = {**task.identity(), "device": place.type}
-    with peak.running(), _threads(task), run_folder(folder, identity, overwrite) as work:
+    with (
+        peak.running(),
+        one_thread(_is_small(task)),
+        run_folder(folder, identity, overwrite) as work,
+    ):
         with costs.phase("skeleton"):
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
             student = build_skeleton(task.student.folder, torch.float32)
@@ -83,7 +85,7 @@ def run(
                 start = extract_start(task, skeleton, student, source, scores, layers, work, notify)
         finally:
             source.close()
-        found = manifest(task, scores, layers, start.windows)
+        found = manifest(task, scores, layers, start)
         staged = work / "result"
         shutil.rmtree(staged, ignore_errors=True)  # a kill may have left half a file there
         staged.mkdir()
@@ -117,15 +119,7 @@ def _kept(factors: Factors) -> float:
     return kept / factors.norm if factors.norm else 0.0
 
 
-@contextmanager
-def _threads(task: Task) -> Iterator[None]:
-    """One torch thread for a tiny teacher, by its size alone: results stay the same anywhere."""
+def _is_small(task: Task) -> bool:
+    """Whether the teacher is tiny: decided by its size alone, so that results are the same."""
     layers = task.teacher.checkpoint.layers
-    largest = max(sum(piece.elements for piece in layer.values()) for layer in layers)
-    before = torch.get_num_threads()
-    if largest < SMALL_LAYER:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return max(sum(piece.elements for piece in layer.values()) for layer in layers) < SMALL_LAYER

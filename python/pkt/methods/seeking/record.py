@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from pkt.host import Costs, PeakMeter, describe
-from pkt.methods.seeking.steps import Scores
+from pkt.methods.seeking.steps import Scores, Start
 from pkt.methods.seeking.task import Task
 from pkt.records import Window
 from pkt.stream import CheckpointSource
 
 
-def manifest(
-    task: Task, scores: Scores, layers: list[int], windows: Mapping[str, Window]
-) -> dict[str, Any]:
+def manifest(task: Task, scores: Scores, layers: list[int], start: Start) -> dict[str, Any]:
     """`pkt_manifest.json`: what was asked and what was found, the same for the same input."""
-    return {
+    found = {
         **task.identity(),
         "loss": sum(scores.losses) / len(scores.losses),
         "layer_scores": scores.layers,
         "layers": layers,
-        "windows": {key: _window(window) for key, window in windows.items()},
+        "windows": {key: _window(window) for key, window in start.windows.items()},
     }
+    return found | ({"consistent": start.network.as_json()} if start.network else {})
 
 
 def _window(window: Window) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from pkt.consistent import Subnetwork, channel_window, choose_subnetwork, subnetwork_window
 from pkt.cutting import cut_weights, cut_window, stack_parts
 from pkt.errors import IncompatibleError
 from pkt.factorization import factorize, orthogonal_factors
+from pkt.heads import heads_of, split_heads
 from pkt.host import release_free_memory
 from pkt.methods.seeking.task import DTYPES, Config, Task
 from pkt.projections import Pair, physical_rows
@@ -26,6 +28,7 @@ from pkt.selection import (
     mask_sha256,
     mix_seed,
     recorded_heat,
+    recorded_sums,
     recorded_window,
 )
 from pkt.sensitivity import LayerScores, accumulate_columns
@@ -56,6 +59,7 @@ class Start:
     windows: dict[str, Window] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
     heats: dict[str, Heat] = field(default_factory=dict)
+    network: Subnetwork | None = None  #: under ``consistent``
 
 
 def require_linear(task: Task, teacher: Skeleton, student: Skeleton) -> None:
@@ -107,6 +111,8 @@ def score(
     ranking = Ranking(cuts, config.select, config.seed, path, spool.put_bytes)
 
     def intact(record: Mapping[str, Any]) -> bool:
+        if config.select == "consistent":
+            return True  # its record is all that it needs
         windows = [(cut.key, recorded_window(record, cut.key)) for cut in cuts]
         return all(
             window.mask_sha256 in (None, _mask_digest(work, record["layer"], key))
@@ -151,16 +157,25 @@ def extract_start(
 ) -> Start:
     """Cut the chosen part of every kept weight out of the files, and factorize it."""
     start = Start()
+    if task.config.select == "consistent":
+        start.network = _network(task, [scores.records[layer] for layer in layers])
     for index, layer in enumerate(layers):
         record = scores.records[layer]
+        windows: dict[str, Window] = {}
         for pair in task.pairs:
             key = f"{student.layers_path}.{index}.{pair.key}"
-            start.windows[key] = recorded_window(record, pair.key)
+            if start.network:
+                name = f"{skeleton.layers_path}.{layer}.{pair.teacher_key}"
+                sums = recorded_sums(record, pair.key)
+                windows[pair.key] = subnetwork_window(start.network, index, pair, sums, name)
+            else:
+                windows[pair.key] = recorded_window(record, pair.key)
+            start.windows[key] = windows[pair.key]
             start.heats[key] = recorded_heat(record, pair.key)
         for module in dict.fromkeys(pair.student.module for pair in task.pairs):
             placed = [
                 (
-                    _cut(task, source, layer, pair, recorded_window(record, pair.key), work),
+                    _cut(task, source, layer, pair, windows[pair.key], work),
                     physical_rows(pair.student, task.student.head_dim, 1),
                 )
                 for pair in task.pairs
@@ -169,12 +184,22 @@ def extract_start(
             height = task.student.checkpoint.layers[index][f"{module}.weight"].shape[0]
             weight = stack_parts(placed, height)
             name = f"{student.layers_path}.{index}.{module}"
-            start.factors[name] = _split(task.config, weight, name)
+            start.factors[name] = _split(task.config, weight.to(source.device), name)
             release_free_memory()
         notify("factors", index + 1, len(layers))
     if task.config.embeddings:
         _ends(task, skeleton, student, source, scores.ends, start)
     return start
+
+
+def _network(task: Task, records: Sequence[Mapping[str, Any]]) -> Subnetwork:
+    """The index sets of the kept layers, which show only now."""
+    return choose_subnetwork(
+        task.pairs,
+        ({pair.key: recorded_sums(record, pair.key) for pair in task.pairs} for record in records),
+        split_heads(task.teacher, task.student),
+        heads_of(task.student),
+    )
 
 
 def _ends(
@@ -185,7 +210,7 @@ def _ends(
     ends: Mapping[str, Sequence[float]],
     start: Start,
 ) -> None:
-    """Embedding and head: every vocabulary row, the best run of channels."""
+    """Embedding and head: every vocabulary row; the best run of channels, or the network's."""
     teacher, width = task.teacher, task.student.hidden_size
     for end, piece, theirs, ours in (
         ("embedding", teacher.embedding, skeleton.embedding, student.embedding),
@@ -193,11 +218,15 @@ def _ends(
     ):
         name, rows = ours.removesuffix(".weight"), piece.shape[0]
         sums = np.asarray(ends[end])
-        window = choose_columns(sums, width, rows, theirs.removesuffix(".weight"))
-        weight = source.window(piece, range(rows), window.col_range)
+        source_name = theirs.removesuffix(".weight")
+        if start.network:
+            window = channel_window(start.network, sums, rows, source_name)
+        else:
+            window = choose_columns(sums, width, rows, source_name)
+        weight = cut_window(source.window, piece, window, None)
         turned = weight.T if end == "embedding" else weight  # PEFT stores embeddings so
         start.windows[name] = window
-        start.factors[name] = _split(task.config, turned, name)
+        start.factors[name] = _split(task.config, turned.to(source.device), name)
         start.heats[name] = Heat((sums / rows).astype(np.float32)[None], rows, len(sums))
 
 

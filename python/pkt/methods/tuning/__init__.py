@@ -26,7 +26,7 @@ import torch
 
 from pkt.card import tuned_card
 from pkt.evaluation import cross_entropy
-from pkt.host import Costs, PeakMeter
+from pkt.host import Costs, PeakMeter, one_thread
 from pkt.methods.tuning.export import write_tuned
 from pkt.methods.tuning.model import begin, load_student
 from pkt.methods.tuning.record import manifest, run_record
@@ -38,6 +38,8 @@ from pkt.training import StepZero, compare_logits, first_logits, fit, inject
 from pkt.training.processes import is_first, share, sum_over_processes, wait_for_all
 
 __all__ = ["DTYPES", "Config", "Task", "run", "train"]
+
+SMALL_WIDTH = 128  # of the residual stream; narrower products lose more to threads than they gain
 
 Notify = Callable[[str, int, int, Mapping[str, float]], None]
 """Told of (phase, steps done, steps in all, metrics)."""
@@ -84,7 +86,12 @@ def run(
     """
     place, costs, peak = torch.device(device), Costs(), PeakMeter()
     identity = {**task.identity(), "device": place.type}
-    with peak.running(), _shared_folder(folder, identity, overwrite, task.processes) as work:
+    small = task.student.hidden_size < SMALL_WIDTH
+    with (
+        peak.running(),
+        one_thread(small),
+        _shared_folder(folder, identity, overwrite, task.processes) as work,
+    ):
         trained = train(
             task, work / "checkpoints", place, save_steps=save_steps, notify=notify, stop=stop,
             costs=costs,

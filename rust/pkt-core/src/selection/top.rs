@@ -38,6 +38,14 @@ pub fn top_layers(scores: &[f64], k: usize) -> Result<Vec<usize>> {
     }
 }
 
+/// The sum of each row and of each column, correctly rounded from exact totals of fixed point.
+#[must_use]
+pub fn sums(matrix: &Matrix) -> (Vec<f64>, Vec<f64>) {
+    let score = |sum| matrix.fixed().score(sum);
+    let columns = matrix.column_sums((0..matrix.rows()).into_par_iter());
+    (matrix.row_sums().into_iter().map(score).collect(), columns.into_iter().map(score).collect())
+}
+
 /// The sum of the scores where one of `rows` crosses one of `columns`.
 ///
 /// # Errors
@@ -95,6 +103,19 @@ mod tests {
                     prop_assert_eq!(found.unwrap(), reference(&sums, k));
                 }
             }
+        }
+
+        #[test]
+        fn sums_are_those_of_the_units_rounded_once(sample in sample()) {
+            let (matrix, units) = (sample.matrix(), sample.units());
+            let bits = |sums: Vec<u64>| -> Vec<u64> {
+                sums.into_iter().map(|sum| matrix.fixed().score(sum).to_bits()).collect()
+            };
+            let column = |column: usize| units.iter().map(|row| row[column]).sum();
+            let (rows, columns) = sums(&matrix);
+            let found = |sums: Vec<f64>| sums.into_iter().map(f64::to_bits).collect::<Vec<_>>();
+            prop_assert_eq!(found(rows), bits(units.iter().map(|row| row.iter().sum()).collect()));
+            prop_assert_eq!(found(columns), bits((0..sample.columns).map(column).collect()));
         }
 
         #[test]
