@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pkt.merging
+import pkt.merging.blocks
 from pkt.checkpoint import Checkpoint, open_checkpoint
 from pkt.errors import CheckpointError, IncompatibleError
 from pkt.merging import (
@@ -69,7 +69,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor takes several blocks, the last of them a short one."""
-    monkeypatch.setattr(pkt.merging, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(pkt.merging.blocks, "BLOCK_BYTES", 200)
 
 
 @pytest.mark.parametrize("shards", [True, False])

@@ -169,8 +169,9 @@ def _summary(made: Export) -> str:
             rows.append(("error of all", f"{found['whole_error']:.3g}"))
     if found["parted"]:
         rows.append(("head", "parted from the embedding, which it was tied to"))
-    if found["to"] == "merged" and found["dtype"] != "F32":
-        rows.append(("rounding", "the errors above; --dtype float32 has none to speak of"))
+    if found["to"] != "lora" and found["dtype"] != "F32":
+        share = f"up to {max(made.errors.values()):.2g} of a module's change"
+        rows.append(("rounding", f"{share}; --dtype float32 keeps it whole"))
     kind = "max |Δlogit|" if check["compared"] == "logits" else "every tensor, difference"
     bound = f", expected at most {check['bound']:.1e}" if check["bound"] else ""
     rows += [

@@ -279,22 +279,24 @@ impl<W: Stored, T: Rounded> Kernel for Sum<'_, W, T> {
     #[inline(always)]
     fn run(self) -> Merged {
         let (mut error, mut change) = ([0.0; LANES], [0.0; LANES]);
-        let mut group = |weights: &[W], delta: &[f32], target: &mut [T]| {
-            for (lane, target) in target.iter_mut().enumerate() {
-                let (w, d) = (weights[lane].wide(), f64::from(delta[lane]));
-                *target = T::round(w + d);
-                let lost = (target.wide() - w) - d;
-                error[lane] += lost * lost;
-                change[lane] += d * d;
-            }
-        };
         let (weights, last_weights) = self.weights.as_chunks::<LANES>();
         let (delta, last_delta) = self.delta.as_chunks::<LANES>();
         let (target, last_target) = self.target.as_chunks_mut::<LANES>();
         for (target, (weights, delta)) in target.iter_mut().zip(weights.iter().zip(delta)) {
-            group(weights, delta, target);
+            for lane in 0..LANES {
+                let (stored, lost, changed) = add(weights[lane], delta[lane]);
+                target[lane] = stored;
+                error[lane] += lost;
+                change[lane] += changed;
+            }
         }
-        group(last_weights, last_delta, last_target);
+        let rest = last_target.iter_mut().zip(last_weights.iter().zip(last_delta)).enumerate();
+        for (lane, (target, (&weight, &delta))) in rest {
+            let (stored, lost, changed) = add(weight, delta);
+            *target = stored;
+            error[lane] += lost;
+            change[lane] += changed;
+        }
         let error: f64 = error.iter().sum();
         Merged {
             error,
@@ -303,6 +305,15 @@ impl<W: Stored, T: Rounded> Kernel for Sum<'_, W, T> {
             not_finite: if error.is_finite() { None } else { first_not_finite(self.target) },
         }
     }
+}
+
+/// `round(w + δ)`, the square of what rounding took or added, and δ².
+#[inline(always)]
+fn add<W: Stored, T: Rounded>(weight: W, delta: f32) -> (T, f64, f64) {
+    let (weight, delta) = (weight.wide(), f64::from(delta));
+    let stored = T::round(weight + delta);
+    let lost = (stored.wide() - weight) - delta;
+    (stored, lost * lost, delta * delta)
 }
 
 /// [`merge`] of one block without a change.

@@ -1,0 +1,59 @@
+"""What belongs to a model beside its weights: configuration, tokenizer, chat templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pkt.merging.layout import INDEX
+
+_CONFIG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WEIGHTS = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
+    ".onnx_data", ".ot", ".npz", ".pkl", ".zip", ".tar", ".gz", ".part",
+})  # fmt: skip
+_NOT_COPIED = frozenset({"README.md", "adapter_config.json", "config.json", INDEX})
+_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
+
+
+def copy_rest(source: Path, folder: Path, config: Mapping[str, Any] | None) -> None:
+    """Copy what belongs to a model beside its weights: tokenizer, generation, chat templates.
+
+    Args:
+        source: the model's folder.
+        folder: existing.
+        config: the new config.json; ``None`` copies the old one byte for byte.
+
+    """
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if path.is_dir() and name == _TEMPLATES:
+            shutil.copytree(path, folder / name)
+        elif path.is_file() and _is_copied(name):
+            shutil.copyfile(path, folder / name)
+    if config is None:
+        shutil.copyfile(source / "config.json", folder / "config.json")
+    else:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def new_config(config: Mapping[str, Any], dtype: str | None, untied: bool) -> dict[str, Any] | None:
+    """The configuration of the new model; ``None`` if it is the old one."""
+    changed: dict[str, Any] = {}
+    if dtype:
+        key = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+        if config.get(key) != _CONFIG_NAMES[dtype]:
+            changed[key] = _CONFIG_NAMES[dtype]
+    if untied:
+        changed["tie_word_embeddings"] = False
+    return {**config, **changed} if changed else None
+
+
+def _is_copied(name: str) -> bool:
+    hidden = name.startswith((".", "pkt_"))
+    index = name.endswith(".index.json")
+    return not (hidden or index or name in _NOT_COPIED or Path(name).suffix.lower() in _WEIGHTS)
