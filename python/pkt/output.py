@@ -23,9 +23,10 @@ from pkt.errors import IncompatibleError, OutputError
 WORK = ".work"
 MANIFEST = "pkt_manifest.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report")
+TUNED = (*ADAPTER, "metrics.jsonl")
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
-    *ADAPTER, "metrics.jsonl", "results.json", "results.md", "details", "pkt_run.json",
+    *TUNED, "results.json", "results.md", "details", "pkt_run.json",
     MANIFEST, WORK,
 )  # fmt: skip
 

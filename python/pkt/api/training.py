@@ -139,12 +139,11 @@ def execute_training(
 ) -> Tuning:
     """Run what `prepare_training` made; a finished run with the same inputs is returned."""
     from pkt.methods import tuning
-    from pkt.output import ADAPTER, finished
+    from pkt.output import TUNED, finished
 
     place = pick_device(device)
     identity = {**task.identity(), "device": place}
-    results = (*ADAPTER, "metrics.jsonl")
-    if not overwrite and (manifest := finished(folder, identity, results)):
+    if not overwrite and (manifest := finished(folder, identity, TUNED)):
         record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return Tuning(folder, manifest, record, [json.loads(line) for line in lines])

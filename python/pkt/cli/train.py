@@ -18,7 +18,7 @@ from pkt.cli.steps import Steps
 from pkt.cli.tables import aligned, format_count
 from pkt.config import format_bytes
 from pkt.errors import InterruptError, UsageError
-from pkt.output import WORK, finished
+from pkt.output import TUNED, WORK, finished
 from pkt.records import Tuning
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _perform(session: Session, task: Task, given: Mapping[str, Any], say: bool) 
     device = api.pick_device(given["device"])
     run = {"device": device, "overwrite": given["overwrite"], "save_steps": given["save_steps"]}
     identity = {**task.identity(), "device": device}
-    if not given["overwrite"] and finished(folder, identity):
+    if not given["overwrite"] and finished(folder, identity, TUNED):
         tell(f"{folder}: finished already, with these inputs; nothing to do")
         return api.execute_training(task, folder, **run)
     tell(_plan(task) + "\n")

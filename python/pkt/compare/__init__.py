@@ -175,7 +175,8 @@ def _identity(setting: Setting, base: Any) -> dict[str, Any]:
         "validation": setting.validation.sha256,
         "test": setting.test.sha256,
         "options": options,
-        "norms_from": bool(setting.norms_from),
+        "norms_from": setting.norms_from
+        and _sha256(setting.norms_from / "adapter_model.safetensors"),
         "device": setting.device,
     }
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
-from pkt.errors import DivergenceError, PktError, UsageError
+from pkt.errors import DivergenceError, OutputError, PktError, UsageError
 from pkt.records import Sample
 from pkt.training.checkpoints import mark_complete, newest_complete
 from pkt.training.injection import ADAPTER
@@ -81,6 +82,7 @@ def fit(
 
     Raises:
         DivergenceError: the loss is NaN or infinite.
+        OutputError: a checkpoint cannot be written.
         PktError: no parameter asks for gradients.
 
     """
@@ -146,6 +148,16 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             ]
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError
+            reason = " ".join(str(error).split())[:160]
+            raise OutputError(
+                f"{self.args.output_dir}: a checkpoint cannot be written: {reason}",
+                "make room, then run the same command again: it continues from the one before",
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The Trainer's own would add whole base embeddings where these are adapted.
