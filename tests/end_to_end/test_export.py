@@ -246,6 +246,28 @@ def test_the_residual_base_says_how_to_train_and_to_come_back(made: Made) -> Non
     assert config["r"] == config["lora_alpha"] == 4
 
 
+def test_a_residual_base_in_bfloat16_says_what_it_loses(made: Made, tmp_path: Path) -> None:
+    words = ("--run", made.start, "--to", "residual", "--dtype", "bfloat16", "-o", tmp_path / "o")
+    ended = command("export", *words)
+    assert ended.code == 0
+    assert "step 0 is the student only in float32" in ended.err
+    assert "of a module's change; --dtype float32 keeps it whole" in ended.err
+    assert "`--dtype float32` is exact" in (tmp_path / "o/README.md").read_text()
+    stored = load_file(tmp_path / "o/base/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "o/base/config.json").read_text())["dtype"] == "bfloat16"
+    manifest = json.loads((tmp_path / "o/pkt_manifest.json").read_text())
+    assert min(manifest["errors"].values()) > 1e-4
+
+
+def test_options_from_a_file(made: Made, tmp_path: Path) -> None:
+    config = tmp_path / "export.yaml"
+    config.write_text(f"run: {made.plain}\nto: lora\nrank: 1\n")
+    ended = command("export", "--config", config, "-o", tmp_path / "o", "--rank", 2)
+    assert ended.code == 0
+    assert json.loads((tmp_path / "o/adapter_config.json").read_text())["r"] == 2
+
+
 def test_an_auto_peft_model_finds_the_residual_base(made: Made) -> None:
     from peft import AutoPeftModelForCausalLM
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 VLLM_DEFAULT = 16
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 _LORA = """\
@@ -106,7 +107,7 @@ def card(
     """
     name = _name(base_model)
     front: dict[str, Any] = {"tags": ["pkt", "lora"]}
-    rank, dtype = manifest["rank"], manifest["dtype"]
+    rank, dtype = manifest["rank"], _DTYPES.get(manifest["dtype"], manifest["dtype"])
     if manifest["to"] == "lora":
         front["library_name"] = "peft"
         served = f"\n\n{serving_note(rank)}" if rank > VLLM_DEFAULT else ""
@@ -121,7 +122,7 @@ def card(
             f"Weights are {dtype}. Rounding to it took at most {lost:.1%} of a module's change; "
             "`pkt_manifest.json` says it of each, and `pkt export --to merged --dtype float32` "
             "loses nothing."
-            if lost is not None and dtype != "F32"
+            if lost is not None and dtype != "float32"
             else "Weights are float32: the change is kept whole."
         )
         return _MERGED.format(
@@ -132,11 +133,11 @@ def card(
         " The base is float32 whatever the student's type, for in bfloat16 rounding W − B₀A₀ puts "
         "every matrix off by about 3e-3; the result is exported onto the untouched student, so its "
         "type stays."
-        if dtype == "F32"
+        if dtype == "float32"
         else f" In {dtype} that holds up to the rounding of W − B₀A₀; `--dtype float32` is exact."
     )
     return _RESIDUAL.format(
-        dtype="float32" if dtype == "F32" else dtype, rank=rank, precision=precision,
+        dtype=dtype, rank=rank, precision=precision,
         extracted=shlex.quote(_name(extracted)), student=shlex.quote(name), pkt=manifest["pkt"],
     )  # fmt: skip
 
