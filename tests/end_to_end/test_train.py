@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,23 @@ def test_accelerate_on_two_processes_learns_what_one_does(bench, tmp_path):
         ours, theirs = ([row[name] for row in rows if name in row] for rows in (one, two))
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert json.loads((tmp_path / "two" / "pkt_manifest.json").read_text())["processes"] == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_costs_nothing(bench, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        "--student", bench.inputs.student, "--init", bench.start, "--data", bench.data, *QUICK,
+        "--save-steps", 2, "-o", out,
+    ]  # fmt: skip
+    command = shlex.join([sys.executable, "-m", "pkt", "train", *map(str, words)])
+    limited = ["bash", "-c", f"ulimit -f 10; exec {command}"]  # no file over 10 KiB
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "a checkpoint cannot be written" in done.stderr
+    assert "continues from the one before" in done.stderr
+    assert pkt("train", *words).code == 0
+    assert bench.train(tmp_path / "whole", "--save-steps", 2).code == 0
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_checkpoints_that_are_not_whole_are_passed_over(tmp_path):
