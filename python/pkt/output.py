@@ -48,8 +48,9 @@ def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | 
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    wanted = json.loads(json.dumps(identity))
     same = isinstance(manifest, dict) and all(
-        manifest.get(key) == value for key, value in identity.items() if key != "device"
+        manifest.get(key) == value for key, value in wanted.items() if key != "device"
     )
     return manifest if same else None
 

@@ -85,10 +85,10 @@ def test_plan_and_sample(bench, tmp_path):
 
 def test_killed_at_random_moments_ends_with_the_same_bytes(bench, tmp_path):
     paths = (bench.inputs.student, bench.data)
-    options = {
+    options = {  # 12 examples: a checkpoint and a held-out loss at the end of every epoch
         "init": str(bench.start), "max_steps": 60, "batch_size": 4, "micro_batch": 2, "lr": 1e-2,
-        "gradient_checkpointing": False, "save_steps": 4, "eval_data": str(bench.data),
-        "eval_steps": 10, "dropout": 0.1,
+        "gradient_checkpointing": False, "save_steps": 3, "eval_data": str(bench.data),
+        "dropout": 0.1,
     }  # fmt: skip
     moments = random.Random(0)
     with Nursery() as nursery:
@@ -180,6 +180,13 @@ def test_checkpoints_that_are_not_whole_are_passed_over(tmp_path):
     (tmp_path / "checkpoint-8" / COMPLETE).write_text("{")
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-4"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_mixed_precision_ends_with_training(bench, tmp_path):
+    made = bench.train(tmp_path / "out", "--autocast", "--eval-data", bench.data)
+    assert made.code == 0, made.err
+    manifest = json.loads((tmp_path / "out" / "pkt_manifest.json").read_text())
+    assert manifest["export"]["difference"] <= manifest["export"]["bound"]
 
 
 def test_another_students_start_is_refused(bench, tmp_path):

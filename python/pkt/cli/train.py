@@ -65,7 +65,7 @@ _FILE = click.Path(path_type=Path)
     help="Learning rate of B over that of A.",
 )  # fmt: skip
 @click.option("--epochs", type=float, default=3.0, show_default=True)
-@click.option("--max-steps", type=int, default=-1, help="Overrides --epochs.")
+@click.option("--max-steps", type=_POSITIVE, help="Overrides --epochs.")
 @click.option(
     "--batch-size", type=_POSITIVE, default=64, show_default=True,
     help="Examples a step, over all processes.",
@@ -134,7 +134,7 @@ def train(session: Session, /, **given: Any) -> None:
     say = not given["quiet"] and process == 0
     task = api.prepare_training(
         given["student"], given["data"], aliases=aliases(), processes=count,
-        **{name: given[name] for name in (*_INPUTS, *_SCHEDULE)},
+        **{name: given[name] for name in (*_INPUTS, *_SCHEDULE) if given[name] is not None},
     )  # fmt: skip
     if given["show_sample"]:
         click.echo(_sample(task, given["as_json"]))

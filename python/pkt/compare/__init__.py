@@ -202,7 +202,11 @@ def _references(setting: Setting, base: Any, cells: Cells, place: Any) -> dict[s
             raise BudgetError("the teacher reads the test as other tokens")
         if teacher.checkpoint.bytes > budget(setting.extract.get("max_ram"))[0]:
             raise BudgetError("the teacher does not fit the memory as a whole")
-        model = load_student(teacher.folder, DTYPES[compute_dtype(teacher, "auto")], place)
+        model = load_student(
+            teacher.folder,
+            DTYPES[compute_dtype(teacher, setting.train.get("dtype", "auto"))],
+            place,
+        )
         lines["teacher"] = [x.nll_sum for x in cross_entropy(model, samples)]
     except BudgetError as error:
         lines["teacher"] = None
@@ -217,6 +221,12 @@ def _halves(held: Any) -> tuple[Any, Any]:
     from pkt.samples import sample_set
 
     odd, even = held.samples[::2], held.samples[1::2]
+    if len(even) < 2:
+        raise DataError(
+            f"--eval-data: {len(held.samples)} examples; expected 4 or more: half of them choose "
+            "the rates, half are the test",
+            "give more, or --test-data",
+        )
     return sample_set(odd, held.template), sample_set(even, held.template)
 
 

@@ -146,8 +146,6 @@ class Cells:
             made = tuning.train(
                 task, folder / "checkpoints", place, stop=self.stop, student=self.student
             )
-            if self.stop():
-                raise KeyboardInterrupt
             trainable = made.trainable
             validation = mean_loss(cross_entropy(made.model, setting.validation.samples))[0]
             test = [loss.nll_sum for loss in cross_entropy(made.model, setting.test.samples)]

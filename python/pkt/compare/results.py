@@ -69,7 +69,7 @@ def results(
 
     student, teacher = mean(lines["student"]), mean(lines["teacher"])
     unaware = [arm for arm in arms if not arm.arm.knows_teacher and _finite(arm)]
-    best = min(unaware, key=_loss, default=None)
+    best = min(unaware, key=_validation, default=None)
     rows = []
     for arm in arms:
         row: dict[str, Any] = {
@@ -149,8 +149,9 @@ def _finite(arm: ArmResult) -> bool:
     return all(math.isfinite(cell.validation) for cell in arm.cells)
 
 
-def _loss(arm: ArmResult) -> float:
-    return float(np.mean([nll.sum() for nll in arm.nll]))
+def _validation(arm: ArmResult) -> float:
+    """What the reference is chosen by: never the test."""
+    return float(np.mean([cell.validation for cell in arm.cells]))
 
 
 def _number(value: float | None) -> str:

@@ -39,7 +39,9 @@ def paired_difference(
         seed: of the resampling.
 
     Each resample draws examples and repeats with replacement; p = 2·min(share ≤ 0, share ≥ 0),
-    with one resample added to both, so never 0. Source: Efron and Tibshirani, An Introduction to
+    with one resample added to both, so never 0. Few repeats cannot show how far seeds differ: where
+    that is most of the noise, a true null is rejected at 5 % in about a quarter of the cases with
+    three repeats. Source: Efron and Tibshirani, An Introduction to
     the Bootstrap, 1993, §13 and §16.
 
     """

@@ -73,7 +73,8 @@ def fit(
         folder: of this run's checkpoints; the newest whole one is continued.
         held_out: mean loss of the model on data it does not learn from, in nats a token.
         notify: told of (step, steps in all, metrics) after each step and each evaluation.
-        stop: asked after every step; if true, a checkpoint is written and training ends early.
+        stop: asked after every step; if true in any process, a checkpoint is written and
+            `KeyboardInterrupt` raised in all.
         save_steps: steps between checkpoints; 0: one about every five minutes.
 
     Returns:
@@ -89,13 +90,13 @@ def fit(
     if not any(p.requires_grad for p in model.parameters()):
         raise PktError("training: no parameter asks for gradients: nothing would be trained")
     set_seed(schedule.seed)
-    arguments = _arguments(schedule, len(samples), folder, held_out is not None, model.device)
-    watch = _Watch(notify, stop, save_steps)
+    arguments = _arguments(schedule, len(samples), folder, model.device)
+    epoch = math.ceil(len(samples) / schedule.batch_size)
+    watch = _Watch(notify, stop, save_steps, (schedule.eval_steps or epoch) if held_out else 0)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=_Examples(samples),
-        eval_dataset=_Examples(samples[:1]) if held_out else None,
         data_collator=_pad,
         callbacks=[watch],
     )
@@ -103,6 +104,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # mixed precision ends here
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
     kept = ("loss", "grad_norm", "learning_rate", "eval_loss")
     return [
         {"step": entry["step"], "epoch": entry["epoch"]} | {k: entry[k] for k in kept if k in entry}
@@ -178,8 +182,11 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Progress, stopping, and when to keep a checkpoint."""
 
-    def __init__(self, notify: Notify, stop: Callable[[], bool], save_steps: int) -> None:
-        self._notify, self._stop, self._save_steps = notify, stop, save_steps
+    def __init__(
+        self, notify: Notify, stop: Callable[[], bool], save_steps: int, eval_steps: int
+    ) -> None:
+        self._notify, self._stop = notify, stop
+        self._save_steps, self._eval_steps = save_steps, eval_steps
         self._saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -196,6 +203,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         stopping = any_process(self._stop(), args.device)
         control.should_training_stop |= stopping
+        if self._eval_steps:  # before a checkpoint of this step, which then holds its result
+            last = state.global_step >= state.max_steps
+            control.should_evaluate = last or state.global_step % self._eval_steps == 0
         if self._save_steps:
             due = state.global_step % self._save_steps == 0
         else:
@@ -245,9 +255,8 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def _arguments(
-    schedule: Schedule, examples: int, folder: Path, evaluating: bool, device: torch.device
+    schedule: Schedule, examples: int, folder: Path, device: torch.device
 ) -> TrainingArguments:
-    by_step = bool(schedule.eval_steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -261,8 +270,6 @@ def _arguments(
         **_checkpointing(schedule.gradient_checkpointing),
         bf16=schedule.autocast,
         seed=schedule.seed,
-        eval_strategy=("steps" if by_step else "epoch") if evaluating else "no",
-        eval_steps=schedule.eval_steps or None,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -275,6 +282,8 @@ def _arguments(
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+    if arguments.world_size == 1 and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several devices are for several processes, not for DataParallel
     # How a step is divided follows from the number of processes, which the arguments know.
     share, left = divmod(schedule.batch_size, arguments.world_size)
     if left or not share:

@@ -96,8 +96,6 @@ def run(
             task, work / "checkpoints", place, save_steps=save_steps, notify=notify, stop=stop,
             costs=costs,
         )  # fmt: skip
-        if stop():
-            raise KeyboardInterrupt
         if not is_first():
             wait_for_all()
             return Tuning(folder, identity, {}, trained.metrics)
