@@ -23,7 +23,7 @@ class CheckpointError(PktError):
 
 
 class DivergenceError(PktError):
-    """Training diverged: its loss is NaN or infinite."""
+    """A loss is NaN or infinite: training diverged, or the weights are damaged."""
 
 
 class OutputError(PktError):

@@ -98,6 +98,7 @@ def test_vary(inputs, tmp_path):
         (("--arms", "lora,nonsense"), "no arm 'nonsense'"),
         (("--vary", "split", "--arms", "lora"), "extracts nothing"),
         (("--values", "1,2"), "only with --vary"),
+        (("--vary", "rank", "--arms", "lora,seeking"), "expected one arm"),
         (("--lrs", "fast"), "expected auto or numbers"),
         (("--lrs", "-1"), "expected rates above 0"),
     ],

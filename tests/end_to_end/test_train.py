@@ -269,6 +269,8 @@ def test_changed_options_are_named(bench, tmp_path):
     [
         (("--init", "lora", "--start", "a-only"), "takes no --start"),
         (("--start", "scaled:-1"), "expected residual, a-only or scaled:c"),
+        (("--eval-steps", "3"), "nothing is held out"),
+        (("--init", "pissa", "--start", "a-only", "--norms-from", "x"), "norms of its own"),
         (("--start", "half"), "expected residual, a-only or scaled:c"),
         (("--rank", "64"), "has rank 4"),
         (("--targets", "q"), "the extraction says what is adapted"),

@@ -71,6 +71,8 @@ def prepare_training(
 
     """
     require_choice("template", template, Template)
+    if schedule.get("eval_steps") and not eval_data:
+        raise UsageError("--eval-steps: nothing is held out", "add --eval-data FILE.jsonl")
     model = open_model(student, load_aliases(None) if aliases is None else aliases, "student")
     from pkt.adapter import product_norm  # torch is loaded from here on
     from pkt.methods.tuning import Config, Task
@@ -84,6 +86,8 @@ def prepare_training(
     if init in CONTROLS:
         if init == "lora" and (start != "residual" or norms_from):
             raise UsageError("--init lora: begins at zero: it takes no --start and no --norms-from")
+        if norms_from and form.name == "a-only":
+            raise UsageError("--norms-from: a-only has norms of its own", "leave one of them out")
         if norms_from:
             scales, origin = _extraction(Path(norms_from), model, "--norms-from")
             norms = {name: product_norm(half) for name, half in scales.items()}

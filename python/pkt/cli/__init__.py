@@ -94,6 +94,9 @@ def _explain(error: BaseException) -> int:
             return _fail(f"{where}{error.strerror or error}", None, 1)
         case MemoryError():
             return _fail("out of memory", "give a smaller --max-ram than the host has free", 1)
+        case Exception() if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
+            remedy = "a smaller --micro-batch or --batch-size, --dtype bfloat16, or --device cpu"
+            return _fail("the device is out of memory", remedy, 4)
         case Exception():
             text = " ".join(str(error).split())
             message = f"this is a bug in pkt: {type(error).__name__}: {text}"

@@ -59,7 +59,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[fl
 )  # fmt: skip
 @click.option(
     "--vary", type=click.Choice(list(VARIATIONS)),
-    help="One arm (the first of --arms, or seeking) at several values of this.",
+    help="The one arm of --arms (else seeking) at several values of this.",
 )  # fmt: skip
 @click.option("--values", metavar="a,b,…", help="Of --vary (targets: groups with ';').")
 @click.option(
@@ -150,8 +150,11 @@ def _arms(given: dict[str, Any]) -> list[comparing.Arm]:
         if given["values"]:
             raise UsageError("--values: only with --vary")
         return comparing.chosen(given["arms"])
-    names = list(given["arms"])
-    arm = comparing.chosen(names if len(names) == 1 else ["seeking"])[0]
+    source = click.get_current_context().get_parameter_source("arms")
+    chosen = source is not click.core.ParameterSource.DEFAULT
+    if chosen and len(given["arms"]) > 1:
+        raise UsageError("--vary: expected one arm in --arms", "one arm varies at a time")
+    arm = comparing.chosen(given["arms"] if chosen else ["seeking"])[0]
     split = ";" if given["vary"] == "targets" else ","
     values = [v.strip() for v in given["values"].split(split)] if given["values"] else None
     return comparing.varied(arm, given["vary"], values)

@@ -97,7 +97,7 @@ VARIATIONS: Mapping[str, Variation] = {
     ),
     "targets": Variation(
         ("q,k,v,o", "gate,up,down", "q,k,v,o,gate,up,down"),
-        lambda arm, value: _both(arm, targets=tuple(value.split(","))),
+        lambda arm, value: _both(arm, targets=tuple(part.strip() for part in value.split(","))),
     ),
     "select": Variation(
         ("window", "rows-cols", "top-weights", "random-window", "random-weights", "orthogonal"),

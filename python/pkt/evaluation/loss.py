@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pkt.errors import PktError
+from pkt.errors import DivergenceError
 from pkt.evaluation.logits import (
     AnswerLogits,
     batches,
@@ -52,7 +52,7 @@ def cross_entropy(
         notify: told of (samples done, samples in all).
 
     Raises:
-        PktError: a loss is NaN or infinite; names the sample.
+        DivergenceError: a loss is NaN or infinite; names the sample.
 
     """
     sums = [0.0] * len(samples)
@@ -66,7 +66,7 @@ def cross_entropy(
                 total.index_add_(0, batch.row[part].cpu(), nll.double().cpu())
             for index, value in zip(batch.indices, total.tolist(), strict=True):
                 if not math.isfinite(value):
-                    raise PktError(
+                    raise DivergenceError(
                         f"{samples[index].name}: its loss is {value}",
                         "check the weights; float16 overflows where --dtype float32 does not",
                     )
