@@ -23,6 +23,7 @@ import tiny
 from pkt.adapter import read_factors
 from pkt.api import prepare_training
 from pkt.methods.tuning.model import begin, load_student
+from pkt.records import LowRank
 from pkt.training import compare_logits, first_logits, inject
 from runs import pictureless
 from test_extract import build_pair, write_seeds
@@ -197,6 +198,37 @@ def test_dropout_leaves_the_frozen_half_alone(tmp_path):
     x = torch.randn(3, half.a.shape[1])
     found = layer(x) - layer.base_layer(x)
     torch.testing.assert_close(found, -x @ half.a.T @ half.b.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_layer_are_those_of_its_formula(tmp_path, dropout, dtype):
+    """A layer with a start beside the same expression left to autograd, dropout drawn alike."""
+    base = load_student(tiny.build("qwen2", tmp_path), dtype, torch.device("cpu"))
+    name = "model.layers.0.self_attn.q_proj"  # one with a bias
+    plain = base.get_submodule(name)
+    out, width = plain.weight.shape
+    torch.manual_seed(3)
+    trained, frozen = (LowRank(torch.randn(out, 4), torch.randn(4, width)) for _ in range(2))
+    model = inject(base, {name: trained}, {name: frozen}, dropout).train()
+    layer = model.get_submodule(f"base_model.model.{name}")
+    x = torch.randn(2, 7, width, dtype=dtype, requires_grad=True)
+    parts = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    upstream = torch.randn(2, 7, out, dtype=dtype)
+    torch.manual_seed(5)
+    found = layer(x)
+    gradients = torch.autograd.grad(found, parts, upstream)
+    torch.manual_seed(5)
+    wide = x.float()
+    dropped = torch.native_dropout(wide.reshape(-1, width), dropout, True)[0].view_as(wide)
+    change = dropped @ parts[1].T @ parts[2].T - wide @ frozen.a.T @ frozen.b.T
+    wanted = (layer.base_layer(x) + change).to(dtype)
+    near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1, "rtol": 0.02}
+    for one, other in zip(
+        (found, *gradients), (wanted, *torch.autograd.grad(wanted, parts, upstream)), strict=True
+    ):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **near)
 
 
 @pytest.mark.parametrize("init", ["lora", "pissa", "gaussian"])
