@@ -58,9 +58,10 @@ def plan_table(plan: Plan, io: tuple[str, str] | None = None) -> str:
     """The plan, part by part, and what it is held against."""
     budget = f"{format_bytes(plan.budget_bytes)}, {plan.budget_source}"
     parts = [(part.name, format_bytes(part.bytes), part.note) for part in plan.parts]
-    slots = "2: a layer is read while another is used" if plan.slots > 1 else "1: in turn"
+    ahead = "read while others are used" if plan.slots > 1 else "read and used in turn"
+    slots = f"{plan.slots} of a layer, {ahead}; what they hold at the turn is not read again"
     scores = {"layer": "of a whole layer", "matrix": "of one matrix, X and dY on disk"}
-    reading = f"{format_bytes(plan.read_bytes)} of the teacher: two passes and the windows"
+    reading = f"{format_bytes(plan.read_bytes)} of the teacher: both passes and the windows"
     rows = [
         ("memory allowed", budget),
         ("smallest --max-ram", format_bytes(plan.smallest_bytes)),
