@@ -130,7 +130,9 @@ def measure_modes(
     """The rate of each reading mode that the file system has, as `measure` finds it."""
     memory = pages(stretch_bytes)
     reads = {
-        mode: reading(files, mode, memory) for mode in MODES if mode != "direct" or _direct(files)
+        mode: reading(files, mode, memory)
+        for mode in MODES
+        if mode != "direct" or takes_direct(files)
     }
     return measure(files, reads, stretch_bytes, rounds, seconds)
 
@@ -155,7 +157,7 @@ def measure(
         if time.perf_counter() - started > seconds:
             break
         stretch, rate = chosen[turn % len(chosen)], found[name]
-        _drop_cached(files, stretch)
+        drop_cached(files, stretch)
         begun, work = time.perf_counter(), time.process_time()
         rate.bytes += reads[name](stretch)
         rate.seconds += time.perf_counter() - begun
@@ -188,6 +190,12 @@ def held(files: Files) -> Iterator[tuple[int, int, int]]:
                     raise
                 end = min(length, os.lseek(file.fileno(), begin, os.SEEK_HOLE))
                 yield index, begin, end
+
+
+def takes_direct(files: Files) -> bool:
+    """Whether every file can be read past the page cache."""
+    listed = [(str(path), size) for path, size in files]
+    return _core.Reader(listed, "direct", 1).mode == "direct"
 
 
 def pages(size: int) -> Pages:
@@ -246,13 +254,7 @@ def raw_reading(files: Files, direct: bool, memory: Pages, pool: ThreadPoolExecu
     return read
 
 
-def _direct(files: Files) -> bool:
-    """Whether every file can be read past the page cache."""
-    listed = [(str(path), size) for path, size in files]
-    return _core.Reader(listed, "direct", 1).mode == "direct"
-
-
-def _drop_cached(files: Files, stretch: Stretch) -> None:
+def drop_cached(files: Files, stretch: Stretch) -> None:
     """Ask the page cache to forget a stretch; pages not yet written to the disk stay."""
     with files[stretch.file][0].open("rb", buffering=0) as file:
         size = stretch.end - stretch.begin

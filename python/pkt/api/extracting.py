@@ -19,6 +19,7 @@ from pkt.records import (
     LayerRule,
     Plan,
     Reading,
+    SampleSet,
     Select,
     Split,
     Template,
@@ -103,7 +104,7 @@ def inspect(
 def prepare(
     teacher: str,
     student: str,
-    seeds: str | Path,
+    seeds: str | Path | SampleSet,
     *,
     rank: int = 16,
     layers: LayerRule = "sensitivity",
@@ -120,6 +121,8 @@ def prepare(
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
+
+    ``seeds`` is a JSONL file, or samples that are tokens already.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -153,11 +156,13 @@ def prepare(
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
     from pkt.samples import read_samples
 
-    tokenizer = load_tokenizer(big)
-    read = read_samples(
-        Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
-        positions=big.positions,
-    )  # fmt: skip
+    if isinstance(seeds, SampleSet):
+        read = seeds
+    else:
+        read = read_samples(
+            Path(seeds), load_tokenizer(big), template=template, limit=limit,
+            max_tokens=max_tokens, positions=big.positions,
+        )  # fmt: skip
     computed = compute_dtype(big, dtype)
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,

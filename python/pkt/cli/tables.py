@@ -147,6 +147,19 @@ def format_count(count: int) -> str:
     return str(count)
 
 
+def duration(seconds: float) -> str:
+    """A time for people: ``1 h 52 min``, ``3 min 20 s``, ``12 s``, ``0.8 s``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def _size(count: int, files: int) -> str:
     return f"{format_bytes(count)} in {files} file{'s' if files != 1 else ''}"
 
