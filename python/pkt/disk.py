@@ -192,6 +192,19 @@ def held(files: Files) -> Iterator[tuple[int, int, int]]:
                 yield index, begin, end
 
 
+def on_disk(checkpoint: Checkpoint) -> list[bool]:
+    """Of each layer, whether its largest tensor is there: no part of it is a hole."""
+    runs = list(held(checkpoint.files))
+    largest = [max(layer.values(), key=lambda piece: piece.bytes) for layer in checkpoint.layers]
+    return [
+        any(
+            file == piece.shard and begin <= piece.begin and piece.end <= end
+            for file, begin, end in runs
+        )
+        for piece in largest
+    ]
+
+
 def takes_direct(files: Files) -> bool:
     """Whether every file can be read past the page cache."""
     listed = [(str(path), size) for path, size in files]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pkt.bench.forecast import Forecast, Pace, Phase, Work, forecast
 from pkt.bench.kernels import MatmulRate, ScoreRates, WindowRates, bench_score, bench_window
 from pkt.bench.prediction import Prediction, assumed_seeds, predict
-from pkt.bench.reading import ReadRates, bench_read, temporary_file
+from pkt.bench.reading import ReadRates, bench_read, files_of, temporary_file
 
 __all__ = [
     "Forecast",
@@ -26,6 +26,7 @@ __all__ = [
     "bench_read",
     "bench_score",
     "bench_window",
+    "files_of",
     "forecast",
     "predict",
     "temporary_file",

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from pkt import api
 from pkt.bench.forecast import Forecast, Pace, Work, forecast, limit_seconds
-from pkt.bench.kernels import copy_bandwidth, matmul
+from pkt.bench.kernels import SQUARE, copy_bandwidth, matmul
 from pkt.bench.reading import ReadRates, bench_read, temporary_file
 from pkt.bench.rehearsal import Notify, rehearse, rehearse_factors
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import MIB
-from pkt.disk import held
+from pkt.disk import on_disk
 from pkt.host import memory_limit
 from pkt.methods.seeking.task import DTYPES, Task
 from pkt.records import IoMode, Reading, Sample, SampleSet
 
 ROUNDS = 3  # stretches for each way to read
-COPIED = 512 * MIB  # moved to measure the bandwidth of memory
+COPIED = 512 * MIB  # moved to measure the bandwidth of memory; less for tiny teachers
 FILE_BYTES = 512 * MIB  # of the file that is read where the teacher's hold nothing
 
 
@@ -73,7 +73,7 @@ def predict(
     """
     api.require_fit(task.plan)
     files = task.teacher.checkpoint.files
-    own_file = not any(held(files))
+    own_file = not any(on_disk(task.teacher.checkpoint))
     reading = api.reading(task, io)
     with ExitStack() as stack:
         if own_file:
@@ -97,8 +97,9 @@ def predict(
         reading_work=rate.processor_seconds / rate.bytes / len(os.sched_getaffinity(0)),
     )
     work = work_of(task, reading.mode, memory_limit()[0])
-    teraflops = matmul(DTYPES[task.config.dtype]).teraflops
-    copied = copy_bandwidth(COPIED)
+    square = max(max(p.shape) for p in task.teacher.checkpoint.layers[0].values())
+    teraflops = matmul(DTYPES[task.config.dtype], min(SQUARE, square)).teraflops
+    copied = copy_bandwidth(min(COPIED, 8 * work.layer_bytes))
     notify("rates", 1, 1)
     limit = limit_seconds(work, rates.best_raw * 1e9, teraflops * 1e12, copied * 1e9)
     return Prediction(

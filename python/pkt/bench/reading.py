@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pkt.checkpoint import Checkpoint
 from pkt.config import MIB, READ_THREADS, format_bytes
 from pkt.disk import (
     MODES,
@@ -20,6 +21,7 @@ from pkt.disk import (
     Read,
     held,
     measure,
+    on_disk,
     pages,
     raw_reading,
     reading,
@@ -50,20 +52,8 @@ class ReadRates:
 
 
 def bench_read(files: Files, rounds: int = ROUNDS, seconds: float = SECONDS) -> ReadRates:
-    """Read stretches of ``files`` by turns in every way that their file system has.
-
-    Raises:
-        PktError: the files hold nothing but holes.
-
-    """
-    longest = max((end - begin for _, begin, end in held(files)), default=0)
-    if not longest:
-        where = files[0][0].parent if files else "the model"
-        raise PktError(
-            f"{where}: its files hold no data, only holes: there is nothing to read",
-            "leave out --teacher to read a temporary file",
-        )
-    size = min(STRETCH_BYTES, longest)
+    """Read stretches of ``files``, which hold data, by turns in every way that is to be had."""
+    size = min(STRETCH_BYTES, max(end - begin for _, begin, end in held(files)))
     memory = pages(size)
     direct = takes_direct(files)
     with ThreadPoolExecutor(READ_THREADS, "pkt-raw") as pool:
@@ -74,6 +64,21 @@ def bench_read(files: Files, rounds: int = ROUNDS, seconds: float = SECONDS) -> 
             if mode != "direct" or direct:
                 reads[mode] = reading(files, mode, memory)
         return ReadRates(measure(files, reads, size, rounds, seconds))
+
+
+def files_of(checkpoint: Checkpoint) -> Files:
+    """The files of a checkpoint, if there is anything in them to read.
+
+    Raises:
+        PktError: no layer is there, only its place: a sparse file.
+
+    """
+    if not any(on_disk(checkpoint)):
+        raise PktError(
+            f"{checkpoint.folder}: expected weights to read, found holes in every layer",
+            "leave out --teacher to read a temporary file",
+        )
+    return checkpoint.files
 
 
 @contextmanager

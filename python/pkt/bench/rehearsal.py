@@ -18,7 +18,7 @@ import torch
 
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.cutting import cut_window, stack_parts
-from pkt.disk import Stretch, drop_cached, held
+from pkt.disk import Stretch, drop_cached, on_disk
 from pkt.factorization import factorize
 from pkt.methods.seeking.steps import score
 from pkt.methods.seeking.task import DTYPES, Task
@@ -195,27 +195,19 @@ def _stored(
 ) -> torch.Tensor | None:
     """A module's first window in the first layer that is no hole, from the disk; or ``None``."""
     checkpoint = task.teacher.checkpoint
-    runs = list(held(checkpoint.files))
-    for layer in checkpoint.layers:
-        pieces = [layer[f"{pair.teacher.module}.weight"] for pair in pairs]
-        if not all(_is_held(piece, runs) for piece in pieces):
-            continue
-        placed = []
-        for pair, piece in zip(pairs, pieces, strict=True):
-            drop_cached(checkpoint.files, Stretch(piece.shard, piece.begin, piece.end))
-            spans = (0, pair.student.out_features), (0, pair.student.in_features)
-            rows = physical_rows(pair.teacher, task.teacher.head_dim, pair.kv_repeat)
-            weight = cut_window(source.window, piece, Window(pair.key, 0.0, *spans), rows)
-            placed.append((weight, physical_rows(pair.student, task.student.head_dim, 1)))
-        return stack_parts(placed, height)
-    return None
-
-
-def _is_held(piece: Piece, runs: Sequence[tuple[int, int, int]]) -> bool:
-    return any(
-        file == piece.shard and begin <= piece.begin and piece.end <= end
-        for file, begin, end in runs
-    )
+    there = on_disk(checkpoint)
+    if not any(there):
+        return None
+    layer = checkpoint.layers[there.index(True)]
+    placed = []
+    for pair in pairs:
+        piece = layer[f"{pair.teacher.module}.weight"]
+        drop_cached(checkpoint.files, Stretch(piece.shard, piece.begin, piece.end))
+        spans = (0, pair.student.out_features), (0, pair.student.in_features)
+        rows = physical_rows(pair.teacher, task.teacher.head_dim, pair.kv_repeat)
+        weight = cut_window(source.window, piece, Window(pair.key, 0.0, *spans), rows)
+        placed.append((weight, physical_rows(pair.student, task.student.head_dim, 1)))
+    return stack_parts(placed, height)
 
 
 def _last(moments: Sequence[float], whole: float) -> float:

@@ -66,11 +66,11 @@ def read(teacher: str | None, folder: Path | None, size: str, as_json: bool) -> 
     Of a teacher, stretches spread over its files, which the page cache forgets for it; holes of
     sparse files are left out.
     """
-    from pkt.bench import bench_read, temporary_file
+    from pkt.bench import bench_read, files_of, temporary_file
 
     with contextlib.ExitStack() as stack:
         if teacher:
-            files = _open(teacher).checkpoint.files
+            files = files_of(_open(teacher).checkpoint)
         else:
             wanted = parse_bytes(size)
             if wanted < 1:
