@@ -12,7 +12,18 @@ from pkt.host import memory_limit
 from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
 from pkt.projections import Pair, match
-from pkt.records import Extraction, Inspection, IoMode, LayerRule, Plan, Select, Split, Template
+from pkt.records import (
+    Extraction,
+    Inspection,
+    IoMode,
+    LayerRule,
+    Plan,
+    Reading,
+    SampleSet,
+    Select,
+    Split,
+    Template,
+)
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -93,7 +104,7 @@ def inspect(
 def prepare(
     teacher: str,
     student: str,
-    seeds: str | Path,
+    seeds: str | Path | SampleSet,
     *,
     rank: int = 16,
     layers: LayerRule = "sensitivity",
@@ -110,6 +121,8 @@ def prepare(
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
+
+    ``seeds`` is a JSONL file, or samples that are tokens already.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -143,11 +156,13 @@ def prepare(
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
     from pkt.samples import read_samples
 
-    tokenizer = load_tokenizer(big)
-    read = read_samples(
-        Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
-        positions=big.positions,
-    )  # fmt: skip
+    if isinstance(seeds, SampleSet):
+        read = seeds
+    else:
+        read = read_samples(
+            Path(seeds), load_tokenizer(big), template=template, limit=limit,
+            max_tokens=max_tokens, positions=big.positions,
+        )  # fmt: skip
     computed = compute_dtype(big, dtype)
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
@@ -182,7 +197,7 @@ def extract(
         student: the same.
         seeds: JSONL file.
         output_dir: new, empty, or this very run's: the same call continues it.
-        io: how files are read.
+        io: how files are read; "auto" measures, where the page cache cannot hold them.
         device: "cpu" or "cuda".
         overwrite: replace what an earlier run left there.
         notify: told of (phase, steps done, steps in all).
@@ -205,7 +220,7 @@ def execute(
     task: Task,
     folder: Path,
     *,
-    io: IoMode = "auto",
+    io: IoMode | Reading = "auto",
     device: str = "cpu",
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
@@ -215,16 +230,27 @@ def execute(
 
     from pkt.methods import seeking
     from pkt.output import finished
-    from pkt.stream import choose_io
 
     if not overwrite and (manifest := finished(folder, task.identity())):
         record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         return Extraction(folder, manifest, record)
-    require_choice("io", io, IoMode)
     require_fit(task.plan)
     check_device(device)
-    mode = choose_io(task.teacher.checkpoint, memory_limit()[0])[0] if io == "auto" else io
-    return seeking.run(task, folder, io=mode, device=device, overwrite=overwrite, notify=notify)
+    chosen = io if isinstance(io, Reading) else reading(task, io)
+    return seeking.run(task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify)
+
+
+def reading(task: Task, io: IoMode = "auto", *, measured: bool = True) -> Reading:
+    """The reading mode of a run: as asked, or chosen by a short measurement of the files.
+
+    Without ``measured`` no file is read, and the mode stays "auto" where that would decide.
+    """
+    from pkt.disk import choose_io
+
+    require_choice("io", io, IoMode)
+    if io != "auto":
+        return Reading(io, f"--io {io}")
+    return choose_io(task.teacher.checkpoint, task.plan, memory_limit()[0], measured=measured)
 
 
 def require_fit(plan: Plan) -> None:
@@ -332,4 +358,4 @@ def base_name(model: Model) -> str:
     return model.source if not Path(model.source).is_dir() else str(Path(model.source))
 
 
-__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "require_fit"]
+__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "reading", "require_fit"]

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import pkt
+from pkt.cli.bench import bench
 from pkt.cli.compare import compare
 from pkt.cli.demo import demo
 from pkt.cli.env import env
@@ -47,7 +48,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, train, export, evaluate, compare, env, demo):
+for command in (inspect, extract, train, export, evaluate, compare, bench, env, demo):
     commands.add_command(command)
 
 

@@ -21,7 +21,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use crate::reader::{Range, Reader};
+use crate::layout::Range;
+use crate::reader::Reader;
 use crate::{Error, Result};
 
 /// Memory of the caller that holds one layer at a time.
