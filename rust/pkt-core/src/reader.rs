@@ -12,9 +12,11 @@
 //!   leaves none but those of unaligned edges; `mmap` unmaps behind itself, so that pages of the
 //!   cache are not counted as memory of this process.
 //!
-//! A shard that is cut short while it is read is an error that names it. One case remains: in
-//! mode `mmap` the length is checked before each read, but a file cut *during* the copy ends the
-//! process with SIGBUS. Where others may write to the shards, use another mode.
+//! A shard that is cut short or written to is an error that names it, in every mode: each read ends
+//! with a look at the length and the time of change of its files, so what it returns is what was
+//! opened. Nobody loads from a mapping: the kernel copies out of it (`process_vm_readv`) and reports
+//! a page that the file no longer has, where a load would end the process with SIGBUS. A file that
+//! another one is renamed over stays readable, and is read to its end.
 //!
 //! Linux only: `O_DIRECT`, `posix_fadvise`, `madvise`.
 
@@ -22,11 +24,11 @@ use std::fs;
 use std::io;
 use std::ops;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use memmap2::{Advice, Mmap, UncheckedAdvice};
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use rayon::iter::{ParallelBridge, ParallelIterator};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -47,7 +49,7 @@ const PLACE_BYTES: usize = 64;
 /// How bytes come from the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
-    /// Copied out of a mapping of the file.
+    /// Copied by the kernel out of a mapping of the file.
     Mmap,
     /// `pread` through the page cache.
     Buffered,
@@ -198,16 +200,18 @@ pub struct Reader {
 impl Reader {
     /// Opens `files` for reading in `mode` with `threads` threads (usually [`THREADS`]).
     ///
-    /// Also returns what the user should know: that a file system refuses direct reads, in which
-    /// case the reader is `buffered`.
+    /// Also returns what the user should know: that direct reads are refused by a file system, or
+    /// mapped ones by the host, in which case the reader is `buffered`.
     ///
     /// # Errors
     /// A file that cannot be opened or has another length than expected; no threads.
     pub fn open(files: &[File], mode: Mode, threads: usize) -> Result<(Self, Vec<String>)> {
         match Self::open_as(files, mode, threads) {
-            Err(Error::Io { path, source, .. }) if mode == Mode::Direct && is_refusal(&source) => {
-                let path = path.display();
-                let notice = format!("{path}: direct reads refused ({source}); reading buffered");
+            Err(Error::Io { path, source, .. })
+                if mode != Mode::Buffered && is_refusal(&source) =>
+            {
+                let (path, mode) = (path.display(), mode.name());
+                let notice = format!("{path}: {mode} reads refused ({source}); reading buffered");
                 Ok((Self::open_as(files, Mode::Buffered, threads)?, vec![notice]))
             }
             opened => Ok((opened?, Vec::new())),
@@ -227,7 +231,7 @@ impl Reader {
         Ok(Self { shards, mode, pool, chunk_bytes: CHUNK_BYTES })
     }
 
-    /// The mode in use: the one asked for, or `buffered` where `direct` was refused.
+    /// The mode in use: the one asked for, or `buffered` where that was refused.
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.mode
@@ -242,8 +246,8 @@ impl Reader {
     ///
     /// # Errors
     /// [`Error::Invalid`] before anything is written: a range leaves its file or `target`, or two
-    /// overlap in `target`. [`Error::Io`] or [`Error::Damaged`] of a chunk that cannot be read;
-    /// what `target` then holds is unspecified.
+    /// overlap in `target`. [`Error::Io`] or [`Error::Damaged`] of a chunk that cannot be read, or
+    /// of a file that has changed since it was opened; what `target` then holds is unspecified.
     pub fn read(
         &self,
         ranges: &[Range],
@@ -251,11 +255,8 @@ impl Reader {
         stop: &AtomicBool,
     ) -> Result<Option<u64>> {
         let chunks = self.split(self.verified(ranges, target.len())?, target);
-        if self.mode == Mode::Mmap {
-            for same_file in chunks.chunk_by(|a, b| a.file == b.file) {
-                self.shards[same_file[0].file].check_length()?;
-            }
-        }
+        let mut files: Vec<_> = chunks.iter().map(|chunk| chunk.file).collect();
+        files.dedup();
         let wanted: u64 = ranges.iter().map(|range| range.bytes as u64).sum();
         // A bridge hands out chunks in order, so the disk sees one sequential front.
         let read = self.pool.install(|| {
@@ -265,7 +266,11 @@ impl Reader {
                 .map(|chunk| self.shards[chunk.file].read(chunk))
                 .try_reduce(|| 0, |a, b| Ok(a + b))
         })?;
-        Ok((read == wanted).then_some(read))
+        if read != wanted {
+            return Ok(None);
+        }
+        files.into_iter().try_for_each(|file| self.shards[file].check_unchanged())?;
+        Ok(Some(read))
     }
 
     /// Reads rows and columns of a row-major matrix into `target`, densely and in row order.
@@ -285,15 +290,7 @@ impl Reader {
         target: &mut [u8],
         stop: &AtomicBool,
     ) -> Result<Option<u64>> {
-        let ranges = window(matrix, shape, &rows, &columns)?;
-        let bytes: usize = ranges.iter().map(|range| range.bytes).sum();
-        if bytes != target.len() {
-            return Err(Error::Invalid(format!(
-                "rows {rows:?} and columns {columns:?} take {bytes} bytes, the target has {}",
-                target.len()
-            )));
-        }
-        self.read(&ranges, target, stop)
+        self.read(&window(matrix, shape, &rows, &columns, target.len())?, target, stop)
     }
 
     /// `ranges` ordered by their place in a target of `target_bytes`, each inside its file and
@@ -353,16 +350,18 @@ impl Reader {
     }
 }
 
-/// The ranges of a window of a row-major matrix, dense in the target.
+/// The ranges of a window of a row-major matrix, dense in a target of `target_bytes`: no more
+/// ranges than it has bytes.
 fn window(
     matrix: &Extent,
     (height, width): (u64, u64),
     rows: &ops::Range<u64>,
     columns: &ops::Range<u64>,
+    target_bytes: usize,
 ) -> Result<Vec<Range>> {
     let element = matrix.align as u64;
     let bytes = height.checked_mul(width).and_then(|elements| elements.checked_mul(element));
-    if matrix.end.checked_sub(matrix.begin) != bytes {
+    if bytes.is_none() || matrix.end.checked_sub(matrix.begin) != bytes {
         return Err(Error::Invalid(format!(
             "a matrix of shape ({height}, {width}) in elements of {element} bytes does not fill \
              bytes {}..{}",
@@ -375,7 +374,14 @@ fn window(
             "rows {rows:?} and columns {columns:?} leave a matrix of shape ({height}, {width})"
         )));
     }
-    if rows.is_empty() || columns.is_empty() {
+    // Not more than the matrix, whose bytes fit.
+    let bytes = (rows.end - rows.start) * (columns.end - columns.start) * element;
+    if bytes != target_bytes as u64 {
+        return Err(Error::Invalid(format!(
+            "rows {rows:?} and columns {columns:?} take {bytes} bytes, the target has {target_bytes}"
+        )));
+    }
+    if bytes == 0 {
         return Ok(Vec::new());
     }
     let (pitch, row) = (width * element, (columns.end - columns.start) * element);
@@ -403,6 +409,8 @@ struct Chunk<'t> {
 struct Shard {
     file: File,
     ordinary: fs::File,
+    /// When the file was last written to, as it was opened: seconds and nanoseconds.
+    modified: (i64, i64),
     access: Access,
 }
 
@@ -410,15 +418,16 @@ struct Shard {
 #[derive(Debug)]
 enum Access {
     Buffered,
-    Mmap(Mmap),
+    Mmap(MmapRaw),
     Direct(fs::File),
 }
 
 impl Shard {
     fn open(file: &File, mode: Mode) -> Result<Self> {
         let ordinary = fs::File::open(&file.path).map_err(Error::io(&file.path, "open"))?;
-        let shard = Self { file: file.clone(), ordinary, access: Access::Buffered };
-        shard.check_length()?;
+        let mut shard =
+            Self { file: file.clone(), ordinary, modified: (0, 0), access: Access::Buffered };
+        shard.modified = shard.checked_length()?;
         let access = match mode {
             Mode::Mmap => shard.map(),
             Mode::Buffered => return Ok(shard),
@@ -427,10 +436,13 @@ impl Shard {
         Ok(Self { access: access.map_err(Error::io(&file.path, "open"))?, ..shard })
     }
 
+    /// Some sandboxes refuse the copying call: try it.
     fn map(&self) -> io::Result<Access> {
-        // SAFETY: the map is only ever copied from, so a writer elsewhere changes the bytes that
-        // arrive and nothing that Rust relies on; a cut file is the SIGBUS of the module's text.
-        Ok(Access::Mmap(unsafe { Mmap::map(&self.ordinary)? }))
+        let map = MmapOptions::new().map_raw_read_only(&self.ordinary)?;
+        if self.file.bytes > 0 {
+            copy(&map, 0, &mut [0])?;
+        }
+        Ok(Access::Mmap(map))
     }
 
     /// Some file systems refuse direct reads at the opening, others at the first read: try it.
@@ -449,7 +461,7 @@ impl Shard {
     fn read(&self, Chunk { begin, target, .. }: Chunk) -> Result<u64> {
         match &self.access {
             Access::Buffered => self.read_ordinary(begin, target)?,
-            Access::Mmap(map) => copy(map, begin as usize, target),
+            Access::Mmap(map) => self.read_mapped(map, begin, target)?,
             Access::Direct(direct) => self.read_direct(direct, begin, target)?,
         }
         Ok(target.len() as u64)
@@ -461,8 +473,22 @@ impl Shard {
         if filled == target.len() {
             return Ok(());
         }
-        self.check_length()?;
+        self.checked_length()?;
         Err(self.damaged(format!("its end at byte {}", begin + filled as u64)))
+    }
+
+    /// What the map does not yield is read ordinarily, which also says why: a file cut short, or a
+    /// failing disk.
+    fn read_mapped(&self, map: &MmapRaw, begin: u64, target: &mut [u8]) -> Result<()> {
+        map.advise_range(Advice::WillNeed, begin as usize, target.len()).ok(); // may be refused
+        let filled = fill(target, begin, |to, at| copy(map, at as usize, to).or(Ok(0)))
+            .map_err(Error::io(&self.file.path, "read"))?;
+        // SAFETY: nobody writes to the map, so what is dropped can be had again from the file.
+        unsafe {
+            map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin as usize, target.len())
+        }
+        .ok(); // may be refused
+        self.read_ordinary(begin + filled as u64, &mut target[filled..])
     }
 
     /// The pages that lie whole in `target` come directly, the edges through the page cache, as
@@ -490,12 +516,23 @@ impl Shard {
         unsafe { libc::posix_fadvise(self.ordinary.as_raw_fd(), begin, bytes, advice) };
     }
 
-    fn check_length(&self) -> Result<()> {
+    /// When the file was last written to, if it still has its length.
+    fn checked_length(&self) -> Result<(i64, i64)> {
         let metadata = self.ordinary.metadata().map_err(Error::io(&self.file.path, "stat"))?;
         if metadata.len() == self.file.bytes {
-            return Ok(());
+            return Ok((metadata.mtime(), metadata.mtime_nsec()));
         }
         Err(self.damaged(format!("{} bytes", metadata.len())))
+    }
+
+    /// That nobody has written to the file since it was opened, as far as length and time tell.
+    fn check_unchanged(&self) -> Result<()> {
+        if self.checked_length()? == self.modified {
+            return Ok(());
+        }
+        let expected = "a file that is left alone while it is read".to_owned();
+        let found = "that it was written to since it was opened".to_owned();
+        Err(Error::Damaged { path: self.file.path.clone(), tensor: None, expected, found })
     }
 
     fn damaged(&self, found: String) -> Error {
@@ -504,13 +541,20 @@ impl Shard {
     }
 }
 
-/// Copies from byte `begin` of `map`. Both advices may be refused without harm.
-fn copy(map: &Mmap, begin: usize, target: &mut [u8]) {
-    let bytes = target.len();
-    map.advise_range(Advice::WillNeed, begin, bytes).ok();
-    target.copy_from_slice(&map[begin..begin + bytes]);
-    // SAFETY: nobody writes to the map, so whatever is dropped can be had again from the file.
-    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, bytes) }.ok();
+/// Copies from byte `begin` of `map`, as far as its file reaches; returns the bytes copied.
+///
+/// The kernel copies, from this process to this process, and says what a load could not survive.
+fn copy(map: &MmapRaw, begin: usize, target: &mut [u8]) -> io::Result<usize> {
+    let bytes = target.len().min(map.len() - begin);
+    let local = libc::iovec { iov_base: target.as_mut_ptr().cast(), iov_len: bytes };
+    let first = map.as_ptr().wrapping_add(begin).cast_mut();
+    let remote = libc::iovec { iov_base: first.cast(), iov_len: bytes };
+    // SAFETY: `local` is `target` or its beginning, and nothing else is written; `remote` is
+    // read by the kernel alone.
+    let copied = unsafe {
+        libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+    };
+    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
 /// Calls `read_at(rest of target, offset)` until `target` is full or nothing comes; returns the
@@ -545,9 +589,11 @@ fn whole_pages(
     }
 }
 
-/// Whether a file system says so that it has no direct reads, or none of this alignment.
+/// Whether a file system says so that it has no direct reads, none of this alignment, or no
+/// mappings, or a sandbox that copying out of one is not allowed.
 fn is_refusal(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+    let refusals = [libc::EINVAL, libc::EOPNOTSUPP, libc::ENODEV, libc::ENOSYS, libc::EPERM];
+    error.raw_os_error().is_some_and(|number| refusals.contains(&number))
 }
 
 #[cfg(test)]
@@ -794,6 +840,50 @@ mod tests {
     }
 
     #[test]
+    fn a_file_written_to_after_opening_is_damaged() {
+        for mode in MODES {
+            let (_folder, file, content) = one_file(20_000);
+            let reader = open(&file, mode);
+            let mut target = vec![BLANK; content.len()];
+            reader.read(&[whole(&file)], &mut target, &GO).unwrap();
+            let writer = fs::OpenOptions::new().write(true).open(&file.path).unwrap();
+            writer.write_all_at(&[0], 10_000).unwrap();
+            writer.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+            let error = reader.read(&[whole(&file)], &mut target, &GO).unwrap_err().to_string();
+            assert!(error.starts_with(file.path.to_str().unwrap()), "{error}");
+            assert!(error.ends_with("found that it was written to since it was opened"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_another_is_renamed_over_is_read_to_its_end() {
+        for mode in MODES {
+            let (folder, file, content) = one_file(20_000);
+            let reader = open(&file, mode);
+            let other = write(folder.path(), "other", b"shorter");
+            fs::rename(other.path, &file.path).unwrap();
+            let mut target = vec![BLANK; content.len()];
+            assert_eq!(reader.read(&[whole(&file)], &mut target, &GO).unwrap(), Some(file.bytes));
+            assert_eq!(target, content);
+        }
+    }
+
+    #[test]
+    fn a_map_yields_what_its_file_still_has() {
+        let (_folder, file, content) = one_file(20_000);
+        let shard = Shard::open(&file, Mode::Mmap).unwrap();
+        let Access::Mmap(map) = &shard.access else { panic!("no map") };
+        let mut target = vec![BLANK; content.len()];
+        assert_eq!(copy(map, 0, &mut target).unwrap(), content.len());
+        assert_eq!(target, content);
+        fs::OpenOptions::new().write(true).open(&file.path).unwrap().set_len(4096).unwrap();
+        assert_eq!(copy(map, 0, &mut target[..4096]).unwrap(), 4096);
+        assert_eq!(target[..4096], content[..4096]);
+        let error = copy(map, 8192, &mut target[..100]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+    }
+
+    #[test]
     fn a_missing_file_and_no_threads_are_errors() {
         let missing = File { path: "/nowhere/shard".into(), bytes: 1 };
         for mode in MODES {
@@ -852,12 +942,21 @@ mod tests {
         for (shape, rows, columns, bytes) in [
             ((4, 6), 0..1, 0..1, 2),
             ((u64::MAX, u64::MAX), 0..1, 0..1, 2),
+            ((4, 5), 0..4, 0..1, 1 << 20),
             ((4, 5), 3..5, 0..1, 4),
             ((4, 5), 0..1, 0..6, 12),
             ((4, 5), std::ops::Range { start: 2, end: 1 }, 0..1, 0),
             ((4, 5), 0..1, 0..1, 3),
         ] {
             assert!(matches!(read(shape, rows, columns, bytes), Err(Error::Invalid(_))));
+        }
+    }
+
+    #[test]
+    fn a_matrix_that_ends_before_it_begins_is_refused_whatever_its_shape() {
+        let backwards = extent(10, 5, 8);
+        for shape in [(u64::MAX, u64::MAX), (0, 0), (1, 1)] {
+            assert!(window(&backwards, shape, &(0..0), &(0..0), 0).is_err());
         }
     }
 
@@ -970,7 +1069,8 @@ mod tests {
                 prop_assert_eq!(&target, &expected);
             }
             if full_rows && !rows.is_empty() {
-                prop_assert_eq!(window(&matrix, shape, &rows, &columns).unwrap().len(), 1);
+                let ranges = window(&matrix, shape, &rows, &columns, expected.len()).unwrap();
+                prop_assert_eq!(ranges.len(), 1);
             }
         }
     }
