@@ -510,10 +510,14 @@ impl Shard {
     }
 
     /// Tells the page cache what the ordinary descriptor is about; may be refused without harm.
+    #[cfg_attr(miri, expect(unused_variables, reason = "Miri has no page cache to advise"))]
     fn advise(&self, begin: u64, bytes: usize, advice: libc::c_int) {
         let (begin, bytes) = (begin.cast_signed(), bytes.cast_signed() as libc::off_t);
+        #[cfg(not(miri))]
         // SAFETY: no pointer is passed.
-        unsafe { libc::posix_fadvise(self.ordinary.as_raw_fd(), begin, bytes, advice) };
+        unsafe {
+            libc::posix_fadvise(self.ordinary.as_raw_fd(), begin, bytes, advice)
+        };
     }
 
     /// When the file was last written to, if it still has its length.
@@ -597,7 +601,7 @@ fn is_refusal(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::cell::RefCell;
     use std::path::Path;
 
@@ -606,8 +610,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::cases;
 
-    const MODES: [Mode; 3] = [Mode::Mmap, Mode::Buffered, Mode::Direct];
+    /// Miri maps no files and knows no `O_DIRECT`.
+    pub(crate) const MODES: &[Mode] =
+        if cfg!(miri) { &[Mode::Buffered] } else { &[Mode::Mmap, Mode::Buffered, Mode::Direct] };
     static GO: AtomicBool = AtomicBool::new(false);
     const BLANK: u8 = 0xA5;
 
@@ -660,7 +667,7 @@ mod tests {
 
     #[test]
     fn a_mode_is_found_by_its_name() {
-        for mode in MODES {
+        for &mode in MODES {
             assert_eq!(Mode::from_name(mode.name()), Some(mode));
         }
         assert_eq!(Mode::from_name("auto"), None);
@@ -772,6 +779,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "of calls that Miri does not know")]
     fn direct_reads_agree_at_any_address() {
         let (_folder, file, content) = one_file(50_000);
         for skew in [0, 1, 64] {
@@ -785,6 +793,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "of calls that Miri does not know")]
     fn what_a_direct_read_leaves_over_is_read_ordinarily() {
         let (_folder, file, content) = one_file(20_000);
         let shard = Shard::open(&file, Mode::Direct).unwrap();
@@ -799,6 +808,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "of calls that Miri does not know")]
     fn refused_direct_reads_become_buffered_with_a_notice() {
         let (_folder, file, content) = one_file(10_000);
         let procfs = File { path: "/proc/version".into(), bytes: 0 };
@@ -814,7 +824,7 @@ mod tests {
     #[test]
     fn a_file_of_another_length_is_damaged() {
         let (_folder, file, _) = one_file(100);
-        for (mode, bytes) in MODES.into_iter().flat_map(|mode| [(mode, 99), (mode, 101)]) {
+        for (&mode, bytes) in MODES.iter().flat_map(|mode| [(mode, 99), (mode, 101)]) {
             let wrong = File { bytes, ..file.clone() };
             let error = Reader::open(&[wrong], mode, 1).unwrap_err();
             let expected =
@@ -825,7 +835,7 @@ mod tests {
 
     #[test]
     fn a_file_cut_after_opening_is_damaged() {
-        for mode in MODES {
+        for &mode in MODES {
             let (_folder, file, content) = one_file(20_000);
             let reader = open(&file, mode);
             fs::OpenOptions::new().write(true).open(&file.path).unwrap().set_len(9000).unwrap();
@@ -840,8 +850,9 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "of calls that Miri does not know")]
     fn a_file_written_to_after_opening_is_damaged() {
-        for mode in MODES {
+        for &mode in MODES {
             let (_folder, file, content) = one_file(20_000);
             let reader = open(&file, mode);
             let mut target = vec![BLANK; content.len()];
@@ -857,7 +868,7 @@ mod tests {
 
     #[test]
     fn a_file_that_another_is_renamed_over_is_read_to_its_end() {
-        for mode in MODES {
+        for &mode in MODES {
             let (folder, file, content) = one_file(20_000);
             let reader = open(&file, mode);
             let other = write(folder.path(), "other", b"shorter");
@@ -869,6 +880,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "of calls that Miri does not know")]
     fn a_map_yields_what_its_file_still_has() {
         let (_folder, file, content) = one_file(20_000);
         let shard = Shard::open(&file, Mode::Mmap).unwrap();
@@ -886,11 +898,11 @@ mod tests {
     #[test]
     fn a_missing_file_and_no_threads_are_errors() {
         let missing = File { path: "/nowhere/shard".into(), bytes: 1 };
-        for mode in MODES {
+        for &mode in MODES {
             let error = Reader::open(std::slice::from_ref(&missing), mode, 1).unwrap_err();
             assert!(error.to_string().starts_with("/nowhere/shard: cannot open"), "{error}");
         }
-        assert!(matches!(Reader::open(&[], Mode::Mmap, 0), Err(Error::Invalid(_))));
+        assert!(matches!(Reader::open(&[], MODES[0], 0), Err(Error::Invalid(_))));
     }
 
     #[test]
@@ -906,7 +918,7 @@ mod tests {
             Range { at: 9, ..good },
             good,
         ] {
-            for mode in MODES {
+            for &mode in MODES {
                 let mut target = [BLANK; 100];
                 let error = open(&file, mode).read(&[good, bad], &mut target, &GO).unwrap_err();
                 assert!(matches!(error, Error::Invalid(_)), "{bad:?}");
@@ -919,7 +931,7 @@ mod tests {
     fn a_stopped_read_is_none() {
         let (_folder, file, content) = one_file(1000);
         let mut target = vec![BLANK; content.len()];
-        for mode in MODES {
+        for &mode in MODES {
             let stopped = AtomicBool::new(true);
             assert_eq!(
                 open(&file, mode).read(&[whole(&file)], &mut target, &stopped).unwrap(),
@@ -932,7 +944,7 @@ mod tests {
     #[test]
     fn a_window_that_is_none_is_refused() {
         let (_folder, file, _) = one_file(1000);
-        let reader = open(&file, Mode::Mmap);
+        let reader = open(&file, MODES[0]);
         let read = |shape, rows, columns, bytes| {
             let mut target = vec![BLANK; bytes];
             reader.read_rows(&extent(40, 80, 2), shape, rows, columns, &mut target, &GO)
@@ -978,7 +990,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
+        #![proptest_config(ProptestConfig::with_cases(cases(48)))]
 
         #[test]
         fn a_layout_is_disjoint_aligned_and_complete((_, extents) in files_and_extents()) {
@@ -1024,7 +1036,7 @@ mod tests {
                 let begin = begin as usize;
                 expected[at..at + bytes].copy_from_slice(&contents[file][begin..begin + bytes]);
             }
-            for mode in MODES {
+            for &mode in MODES {
                 let (mut reader, notices) = Reader::open(&files, mode, 3).unwrap();
                 prop_assert!(notices.is_empty() || mode == Mode::Direct);
                 reader.chunk_bytes = chunk_pages * PAGE_BYTES;
@@ -1061,7 +1073,7 @@ mod tests {
                 .collect();
             let matrix = extent(skip, skip + bytes, element as usize);
             let shape = (height, width);
-            for mode in MODES {
+            for &mode in MODES {
                 let mut target = vec![BLANK; expected.len()];
                 open(&file, mode)
                     .read_rows(&matrix, shape, rows.clone(), columns.clone(), &mut target, &GO)
