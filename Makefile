@@ -50,6 +50,21 @@ check-python: $(VENV)/.core
 	$(BIN)/python -m mypy.stubtest pkt._core
 	$(BIN)/lint-imports --no-logo
 
+# Needs a nightly with Miri (rustup toolchain install nightly --component miri). What has unsafe code,
+# less the calls that Miri does not know: files mapped, read past the cache, or advised about.
+# Trees instead of stacks of borrows, and integers as pointers, for rayon's queues; its pool is
+# never ended, which is no leak.
+MIRI := -Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance \
+	-Zmiri-ignore-leaks
+MIRI_TESTS := reader:: stream:: writer::tests::a_file sensitivity::tests::opposite \
+	sensitivity::tests::overflow sensitivity::tests::empty selection::window::tests::ties \
+	selection::window::tests::windows
+
+.PHONY: miri
+miri: ## undefined behaviour in the core's unsafe code; minutes
+	MIRIFLAGS="$(MIRI)" RUSTFLAGS="-C target-feature=+avx2" \
+		cargo +nightly miri test --package pkt-core --lib -- $(MIRI_TESTS)
+
 .PHONY: format
 format: $(VENV)/.core ## write the formatting that `check` asks for
 	cargo fmt --all

@@ -11,7 +11,7 @@ from pkt.errors import BudgetError, IncompatibleError, UsageError
 from pkt.host import memory_limit
 from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
-from pkt.projections import Pair, match
+from pkt.projections import Pair, match, projections_of
 from pkt.records import (
     Extraction,
     Inspection,
@@ -79,6 +79,8 @@ def inspect(
         )
         if embeddings:
             problems += _vocabulary_problems(big, small)
+    else:
+        projections_of(big)  # refuses layers that no student could be cut from
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,

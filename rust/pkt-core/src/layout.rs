@@ -124,16 +124,18 @@ fn joins(run: &Extent, next: &Extent) -> bool {
     }
 }
 
-/// The ranges of a window of a row-major matrix, dense in the target.
+/// The ranges of a window of a row-major matrix, dense in a target of `target_bytes`: no more
+/// ranges than it has bytes.
 pub(crate) fn window(
     matrix: &Extent,
     (height, width): (u64, u64),
     rows: &ops::Range<u64>,
     columns: &ops::Range<u64>,
+    target_bytes: usize,
 ) -> Result<Vec<Range>> {
     let element = matrix.align as u64;
     let bytes = height.checked_mul(width).and_then(|elements| elements.checked_mul(element));
-    if matrix.end.checked_sub(matrix.begin) != bytes {
+    if bytes.is_none() || matrix.end.checked_sub(matrix.begin) != bytes {
         return Err(Error::Invalid(format!(
             "a matrix of shape ({height}, {width}) in elements of {element} bytes does not fill \
              bytes {}..{}",
@@ -146,7 +148,14 @@ pub(crate) fn window(
             "rows {rows:?} and columns {columns:?} leave a matrix of shape ({height}, {width})"
         )));
     }
-    if rows.is_empty() || columns.is_empty() {
+    // Not more than the matrix, whose bytes fit.
+    let bytes = (rows.end - rows.start) * (columns.end - columns.start) * element;
+    if bytes != target_bytes as u64 {
+        return Err(Error::Invalid(format!(
+            "rows {rows:?} and columns {columns:?} take {bytes} bytes, the target has {target_bytes}"
+        )));
+    }
+    if bytes == 0 {
         return Ok(Vec::new());
     }
     let (pitch, row) = (width * element, (columns.end - columns.start) * element);
@@ -168,6 +177,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cases;
 
     pub(crate) fn extent(begin: u64, end: u64, align: usize) -> Extent {
         Extent { file: 0, begin, end, align }
@@ -236,7 +246,7 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
+        #![proptest_config(ProptestConfig::with_cases(cases(48)))]
 
         #[test]
         fn a_layout_is_disjoint_aligned_and_complete((_, extents) in files_and_extents()) {

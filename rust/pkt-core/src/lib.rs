@@ -24,6 +24,12 @@ mod simd;
 pub mod stream;
 pub mod writer;
 
+/// How many cases of a property are tried: few under Miri, which is a thousand times slower.
+#[cfg(test)]
+pub(crate) const fn cases(count: u32) -> u32 {
+    if cfg!(miri) { 2 } else { count }
+}
+
 pub use checkpoint::{Catalogue, Entry, Shard};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
