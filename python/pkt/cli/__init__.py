@@ -21,7 +21,7 @@ import pkt
 from pkt.cli.compare import compare
 from pkt.cli.demo import demo
 from pkt.cli.env import env
-from pkt.cli.environment import debugging, set_up
+from pkt.cli.environment import debugging, processes, set_up
 from pkt.cli.eval import evaluate
 from pkt.cli.export import export
 from pkt.cli.extract import extract
@@ -106,8 +106,9 @@ def _explain(error: BaseException) -> int:
 
 
 def _fail(message: str, hint: str | None, code: int) -> int:
+    who = f"process {processes()[0]}: " if processes()[1] > 1 else ""
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"pkt: error: {message}", err=True)
+        click.echo(f"pkt: error: {who}{message}", err=True)
         if hint:
             click.echo(f"hint: {hint}", err=True)
     return code

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from pkt import api
-from pkt.cli.environment import aliases
+from pkt.cli.environment import aliases, launcher, processes
 from pkt.cli.options import Session
 from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
 from pkt.errors import IncompatibleError, InterruptError, PktError
 from pkt.host import memory_limit
 from pkt.models import resolve
-from pkt.output import WORK, finished
+from pkt.output import WORK, finished, spool_folder
 from pkt.records import Extraction, IoMode
 
 if TYPE_CHECKING:
@@ -76,9 +76,11 @@ def perform(
 
     if not overwrite and finished(folder, task.identity()):
         tell(f"{folder}: finished already, with these inputs; nothing to do")
-        return api.execute(task, folder)
+        return api.execute(task, folder, device=device)
     mode = reading_mode(task, io)
     tell(seeds_line(task.seeds, task.seed_options["max_tokens"]))
+    if task.processes > 1:
+        tell(f"processes: {task.processes} share the seeds; each reads the teacher")
     tell(plan_table(task.plan, mode) + "\n")
     progress = Progress(task.teacher.checkpoint.layer_bytes, tell)
 
@@ -98,6 +100,8 @@ def perform(
         raise _kept(session.interrupts.received, task, folder, session) from error
     finally:
         progress.close()
+    if not made.run:  # another process speaks for all
+        return made
     if made.run["io"] != mode[0]:
         tell(f"io: {mode[0]} was refused by the file system; {made.run['io']} was used")
     tell("\n" + summary(made, task.teacher.layers))
@@ -127,7 +131,12 @@ def reading_mode(task: Task, wanted: IoMode) -> tuple[IoMode, str]:
 
 def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:
     """What an interrupted run leaves (by the sweep's file names), and how it is continued."""
-    spool, depth = folder / WORK / "spool", task.teacher.layers
+    process, count = processes()
+    if process:
+        return InterruptError(number, "interrupted")
+    spool, depth = spool_folder(folder / WORK, process, count), task.teacher.layers
+    words = launcher()
+    command = shlex.join([*words, *session.arguments]) if words else "the same command on each host"
     backward = len(list(spool.glob("layer-*.json")))
     inputs = [int(path.name[6:11]) for path in spool.glob("input-*.sum.json")]
     forward = depth if backward else max(inputs, default=0)
@@ -135,5 +144,5 @@ def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptE
         number,
         f"interrupted; {forward} of {depth} forward layers and {backward} of {depth} backward "
         f"layers are finished and kept in {folder / WORK}",
-        f"continue with: {shlex.join(['pkt', *session.arguments])}",
+        f"continue with: {command}",
     )
