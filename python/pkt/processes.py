@@ -129,17 +129,22 @@ def from_first(text: str) -> str:
 def joined(count: int, device: str) -> Iterator[None]:
     """Belong to the ``count`` processes that the environment speaks of, while the block runs.
 
-    gloo joins them on the CPU, NCCL on CUDA, a device each.
+    gloo joins them on the CPU, NCCL on CUDA, a device each. One alone belongs to none, though its
+    program may have joined others for purposes of its own.
 
     Raises:
         UsageError: the environment does not say where they meet, or devices are too few.
         PktError: another process has not come, has ended, or is no longer heard of.
 
     """
-    if count == 1 or _joined():
-        yield
+    global _alone, _watch
+    if count == 1:
+        before, _alone = _alone, True
+        try:
+            yield
+        finally:
+            _alone = before
         return
-    global _watch
     try:
         store, rank, size = next(iter(rendezvous("env://")))
     except (ValueError, RuntimeError) as error:
@@ -164,12 +169,15 @@ def joined(count: int, device: str) -> Iterator[None]:
     except RuntimeError as error:
         raise PktError(watch.loss(error), _AGAIN) from error
     _watch = watch
+    before, _alone = _alone, False
     try:
         yield
     except BaseException:
         watch.leave()  # the group is left as it is: to destroy it might wait for who is gone
         raise
-    watch.end()
+    finally:
+        _alone = before
+    watch.part()
     distributed.destroy_process_group()
     _watch = None
 
@@ -215,8 +223,20 @@ class _Watch:
         with contextlib.suppress(RuntimeError):
             self._store.set(f"pkt/left/{self._rank}", "1")
 
-    def end(self) -> None:
-        """Nothing more is to be heard."""
+    def part(self) -> None:
+        """Return when no process waits for another any more, or one is gone.
+
+        A connection that is closed may fail a collective that has just ended on the other side,
+        and the first process may hold the store itself.
+        """
+        awaited = self._others if self._rank == 0 else [0]
+        with contextlib.suppress(RuntimeError):
+            if self._rank:
+                self._store.set(f"pkt/done/{self._rank}", "1")
+            while not (self.silent or self._store.check([f"pkt/done/{each}" for each in awaited])):
+                time.sleep(0.01)
+            if self._rank == 0:
+                self._store.set("pkt/done/0", "1")
         self._ended.set()
 
     def _listen(self, store: Any) -> None:
@@ -248,6 +268,7 @@ class _Watch:
 
 
 _watch: _Watch | None = None  # beside torch's own group, of which there is one a process
+_alone = False  # in a run of one process
 
 
 def _finish(work: Any) -> None:
@@ -286,4 +307,4 @@ def _place() -> torch.device:
 
 
 def _joined() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not _alone and distributed.is_available() and distributed.is_initialized()

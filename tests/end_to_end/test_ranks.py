@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with contextlib.ExitStack() as stack:
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the command line sets it
+    with contextlib.ExitStack() as stack, mock.patch.dict(os.environ, quiet):
         yield Ranks([stack.enter_context(runs.Nursery()) for _ in range(RANKS)])
 
 
@@ -171,7 +173,7 @@ def test_one_matrix_at_a_time_gives_the_same_bytes(case: Case, tmp_path: Path) -
 
 def test_kills_at_random_moments_leave_no_trace(case: Case, tmp_path: Path) -> None:
     draw, killed = random.Random(0), 0
-    for number in range(10):
+    for number in range(6):
         out = tmp_path / f"{number}"
         processes = case.ranks.start(*case.paths, outs=[out, out], **OPTIONS)
         time.sleep(draw.uniform(0.1, 1.0) * case.seconds)
@@ -185,7 +187,7 @@ def test_kills_at_random_moments_leave_no_trace(case: Case, tmp_path: Path) -> N
         assert case.run(out) == [(0, "")] * 2
         assert runs.contents(out) == case.whole
         assert not (out / ".work").exists()
-    assert killed >= 5
+    assert killed >= 3
 
 
 def remove_spool(spool: Path) -> None:
