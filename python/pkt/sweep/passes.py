@@ -104,9 +104,9 @@ class Sweep:
 
         """
         depth = len(self.skeleton.layers)
+        self._agree(depth)
         records = self._recorded(depth)
-        held, first_done = len(records), largest(depth - len(records))
-        records = records[held - (depth - first_done) :]
+        first_done = depth - len(records)
         ends_wanted = self.keep_last and self.spool.get("ends") is None
         head_done = self.spool.get("losses") is not None and (
             self.spool.valid(upstream_of(first_done)) or (first_done == 0 and not ends_wanted)
@@ -160,6 +160,13 @@ class Sweep:
                     break
                 absent.add(index)
         return sorted(absent)
+
+    def _agree(self, depth: int) -> None:
+        """Several processes go on together: records that others of them lack are removed."""
+        ours = len(self._recorded(depth))
+        common = depth - largest(depth - ours)
+        for index in range(depth - ours, depth - common):
+            self.spool.forget(_record(index))
 
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
