@@ -6,7 +6,7 @@ one layer's sweep, the head with its logits, and the factors; the plan lists the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import MIB
@@ -53,6 +53,8 @@ def make_plan(
 
     Returns:
         the plan with the fastest setting (slots, scores) that fits, or the smallest if none does.
+        What is left of the budget becomes slots: as many layers stay in memory when the order
+        turns round.
 
     """
     item = DTYPE_BYTES[dtype]
@@ -97,13 +99,15 @@ def make_plan(
         if embeddings:
             ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
         factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
-        return tuple(max((sweep, ends, factors), key=lambda p: sum(part.bytes for part in p)))
+        return tuple(max((sweep, ends, factors), key=_total))
 
     settings = [(2, False), (1, False), (2, True), (1, True)]
-    sizes = {s: sum(part.bytes for part in parts(*s)) for s in settings}
+    sizes = {s: _total(parts(*s)) for s in settings}
     fitting = [s for s in settings if sizes[s] <= budget[0]]
     smallest = min(settings, key=lambda s: (sizes[s], settings.index(s)))
     slots, matrix = fitting[0] if fitting else smallest
+    while slots < teacher.layers and _total(parts(slots + 1, matrix)) <= budget[0]:
+        slots += 1
     block = tokens * teacher.hidden_size * item
     spool = (teacher.layers + 3) * block
     if matrix:
@@ -118,10 +122,14 @@ def make_plan(
         smallest_bytes=-(-sizes[smallest] // MIB) * MIB,
         slots=slots,
         scores="matrix" if matrix else "layer",
-        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums),
+        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums, slots),
         spool_bytes=spool,
         adapter_bytes=adapter,
     )
+
+
+def _total(parts: Iterable[PlanPart]) -> int:
+    return sum(part.bytes for part in parts)
 
 
 def _eager(teacher: Model) -> bool:
@@ -182,8 +190,10 @@ def _read_bytes(
     embeddings: bool,
     crossed: bool,
     listed: bool,
+    slots: int,
 ) -> int:
-    layers = sum(p.bytes for layer in teacher.checkpoint.layers for p in layer.values())
+    sizes = [sum(p.bytes for p in layer.values()) for layer in teacher.checkpoint.layers]
+    layers = 2 * sum(sizes) - sum(sizes[-slots:])  # those are in memory at the turn
     ends = (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
     item = DTYPE_BYTES[(teacher.checkpoint.dtypes() or ["F32"])[0]]
     widths = [p.teacher.in_features if crossed else p.student.in_features for p in pairs]
@@ -193,4 +203,4 @@ def _read_bytes(
         width = (teacher if listed else student).hidden_size  # with the channels between
         windows += 2 * student.embedding.shape[0] * width * item
         ends += teacher.embedding.bytes + (teacher.head or teacher.embedding).bytes
-    return 2 * layers + ends + windows
+    return layers + ends + windows

@@ -7,7 +7,7 @@ its unit and its index base stand here, once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,6 +176,15 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak_bytes <= self.budget_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a teacher's files are read, why so, and what was measured for it."""
+
+    mode: IoMode
+    reason: str
+    rates: Mapping[str, float] = field(default_factory=dict)  #: GB/s by mode, where measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""Reading ahead: whole jobs (a layer's tensors) into a ring of slots, in the order asked for.
+"""Reading ahead: whole jobs (a layer's tensors) into a few slots, in the order asked for.
 
 torch owns the memory, the Rust core fills it without the GIL, and tensors are views of it: no
 copy lies between the disk and the model, except where the checkpoint's element type is not the
 one computed in, and on CUDA, where a copy stream carries the pinned slot to the device while
-the layer before it is at work.
+the layer before it is at work. Where the order turns round, as from the forward to the backward
+pass, the jobs that the slots hold then are handed out again instead of being read again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 
 from pkt import _core
 from pkt.checkpoint import Checkpoint, Piece
+from pkt.config import READ_THREADS
 
 PAGE = 4096  # O_DIRECT wants memory and file offsets that agree modulo this
-READ_THREADS = 8
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -48,13 +49,6 @@ def arena(size: int, pinned: bool = False) -> torch.Tensor:
     """``size`` bytes whose first byte lies on a page boundary, dtype uint8."""
     memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
     return memory[-memory.data_ptr() % PAGE :][:size]
-
-
-def choose_io(checkpoint: Checkpoint, memory_bytes: int) -> tuple[str, str]:
-    """The reading mode of ``--io auto``, and why."""
-    if checkpoint.bytes <= memory_bytes // 2:
-        return "buffered", "the checkpoint fits in the page cache, which serves the second pass"
-    return "direct", "the checkpoint is larger than the page cache can be: caching it costs time"
 
 
 class CheckpointSource:
@@ -143,7 +137,7 @@ class WeightStream:
 
     Args:
         reader: open shards.
-        jobs: what to read, in order.
+        jobs: what is wanted, in order.
         slots: number of slots; one means reading and computing take turns.
         slot_bytes: size of each, at least that of the largest job.
         dtype: computed in; tensors of another float type are converted.
@@ -162,20 +156,26 @@ class WeightStream:
     ) -> None:
         self._jobs = list(jobs)
         self._layouts = [job.layout() for job in jobs]
+        self._kept_from = turns([job.pieces for job in jobs], slots)
+        self._wanted_again = {use for use in self._kept_from if use is not None}
+        self._kept: dict[int, int] = {}  # use → the slot that still holds it
         self._dtype, self._device = dtype, device
         pinned = device.type == "cuda"
         self._slots = [arena(slot_bytes, pinned) for _ in range(slots)]
-        self._core = _core.Stream(reader, [slot.numpy() for slot in self._slots], self._layouts)
+        reads = [
+            plan for plan, kept in zip(self._layouts, self._kept_from, strict=True) if kept is None
+        ]
+        self._core = _core.Stream(reader, [slot.numpy() for slot in self._slots], reads)
 
     def __iter__(self) -> Generator[dict[str, torch.Tensor]]:
         """Yield each job's tensors; they are valid until the next one is asked for."""
         if self._device.type == "cuda":
             yield from self._on_device()
             return
-        while (lease := self._core.next()) is not None:
-            job, slot = lease
-            yield self._tensors(job, slot)
-            self._core.release(slot)
+        for use in range(len(self._jobs)):
+            slot = self._take(use)
+            yield self._tensors(use, slot)
+            self._give_back(use, slot)
 
     def counts(self) -> dict[str, Any]:
         """Bytes read, seconds reading, times and seconds that the consumer had to wait."""
@@ -186,42 +186,85 @@ class WeightStream:
         self._core.close()
         self._slots.clear()
 
-    def _tensors(self, job: int, slot: int) -> dict[str, torch.Tensor]:
-        return _views(self._slots[slot], self._layouts[job], self._jobs[job].pieces, self._dtype)
+    def _take(self, use: int) -> int:
+        """The slot that holds this job: kept since an earlier use, or filled now."""
+        kept = self._kept_from[use]
+        if kept is not None:
+            return self._kept.pop(kept)
+        lease = self._core.next()
+        assert lease is not None, "the stream reads as many jobs as it was given"
+        return int(lease[1])
+
+    def _give_back(self, use: int, slot: int) -> None:
+        if use in self._wanted_again:
+            self._kept[use] = slot
+        else:
+            self._core.release(slot)
+
+    def _tensors(self, use: int, slot: int) -> dict[str, torch.Tensor]:
+        return _views(
+            self._slots[slot], self._layouts[use], self._jobs[use].pieces, self._dtype,
+            turned=self._kept_from[use] is not None,
+        )  # fmt: skip
 
     def _on_device(self) -> Generator[dict[str, torch.Tensor]]:
         """One job ahead: read, then copied by a stream of its own while the last one is used."""
         copies = torch.cuda.Stream(self._device)
 
-        def fetch() -> dict[str, torch.Tensor] | None:
-            lease = self._core.next()
-            if lease is None:
+        def fetch(use: int) -> dict[str, torch.Tensor] | None:
+            if use == len(self._jobs):
                 return None
-            job, slot = lease
+            slot = self._take(use)
             with torch.cuda.stream(copies):
-                host = self._tensors(job, slot)
+                host = self._tensors(use, slot)
                 tensors = {n: t.to(self._device, non_blocking=True) for n, t in host.items()}
             copies.synchronize()
-            self._core.release(slot)
+            self._give_back(use, slot)
             return tensors
 
         with ThreadPoolExecutor(1, "pkt-copy") as pool:
-            ahead = pool.submit(fetch)
-            while (tensors := ahead.result()) is not None:
+            ahead = pool.submit(fetch, 0)
+            for use in range(len(self._jobs)):
+                tensors = ahead.result()
+                assert tensors is not None
                 for tensor in tensors.values():
                     tensor.record_stream(torch.cuda.current_stream(self._device))
-                ahead = pool.submit(fetch)
+                ahead = pool.submit(fetch, use + 1)
                 yield tensors
 
 
+def turns(order: Sequence[Any], slots: int) -> list[int | None]:
+    """For each use the earlier one whose slot still holds it, or ``None``: it must be read.
+
+    Where two equal jobs meet, the order turns round: …, a, b, c, c, b, a, … As many of them as
+    there are slots stay where they are until their second use.
+    """
+    kept: list[int | None] = [None] * len(order)
+    for last in range(len(order) - 1):
+        for far in range(slots):
+            first, second = last - far, last + 1 + far
+            if first < 0 or second == len(order) or order[first] != order[second]:
+                break
+            if kept[first] is not None:
+                break  # it is given up after its second use
+            kept[second] = first
+    return kept
+
+
 def _views(
-    memory: torch.Tensor, plan: _core.Layout, pieces: dict[str, Piece], dtype: torch.dtype
+    memory: torch.Tensor,
+    plan: _core.Layout,
+    pieces: dict[str, Piece],
+    dtype: torch.dtype,
+    turned: bool = False,
 ) -> dict[str, torch.Tensor]:
+    """The pieces in ``memory``; ``turned``: its float16 has been made bfloat16 before."""
     tensors = {}
     for (name, piece), place in zip(pieces.items(), plan.places, strict=True):
         raw = memory[place : place + piece.bytes]
         view = raw.view(TORCH_DTYPES[piece.dtype]).view(piece.shape)
         if view.dtype == torch.float16 and dtype == torch.bfloat16:
-            view = view.view(dtype).copy_(view.to(dtype))  # same size: in place
+            here = view.view(dtype)  # same size: in place
+            view = here if turned else here.copy_(view.to(dtype))
         tensors[name] = view.to(dtype)
     return tensors

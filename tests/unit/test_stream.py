@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from pkt.checkpoint import Checkpoint, open_checkpoint
 from pkt.errors import CheckpointError
-from pkt.stream import PAGE, TORCH_DTYPES, CheckpointSource, arena, choose_io
+from pkt.stream import PAGE, TORCH_DTYPES, CheckpointSource, arena, turns
 
 CPU = torch.device("cpu")
 MODES = ["mmap", "buffered", "direct"]
@@ -41,15 +42,53 @@ def test_layers_come_as_stored_in_any_order(mode: str, slots: int, folder: Path)
     order = [0, 1, 2, 3, 3, 2, 0]
     jobs = [(f"layer {i}", dict(checkpoint.layers[i])) for i in order]
     seen = 0
-    for index, tensors in zip(order, source.jobs(jobs), strict=True):
+    kept = turns(order, slots)
+    assert sum(use is not None for use in kept) == min(slots, 2)
+    for index, held, tensors in zip(order, kept, source.jobs(jobs), strict=True):
         assert tensors.keys() == checkpoint.layers[index].keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, wanted[f"model.layers.{index}.{name}"])
-            seen += tensor.nbytes
-    assert source.counts()["bytes"] >= seen
+            seen += tensor.nbytes * (held is None)
+    assert seen <= source.counts()["bytes"] < seen + len(order) * PAGE
     source.close()
     source.close()  # twice is nothing
     assert source.counts()["bytes"] >= seen, "counts survive the slots"
+
+
+@pytest.mark.parametrize(
+    ("order", "slots", "kept"),
+    [
+        ("abccba", 1, [None, None, None, 2, None, None]),
+        ("abccba", 2, [None, None, None, 2, 1, None]),
+        ("abccba", 9, [None, None, None, 2, 1, 0]),
+        ("bccba", 3, [None, None, 1, 0, None]),  # continued in the middle
+        ("cba", 2, [None, None, None]),
+        ("cddcabba", 2, [None, None, 1, 0, None, None, 5, 4]),  # a turn in every segment
+        ("aaa", 2, [None, 0, None]),  # a slot is given up after the second use
+        ("", 2, []),
+    ],
+)
+def test_what_a_turn_keeps(order: str, slots: int, kept: list[int | None]) -> None:
+    assert turns(order, slots) == kept
+
+
+def test_every_order_can_be_kept_by_its_slots() -> None:
+    """Never more jobs at once than slots, the one being read included."""
+    choose = random.Random(1)
+    for _ in range(300):
+        order = [choose.randrange(3) for _ in range(choose.randrange(12))]
+        slots = choose.randrange(1, 5)
+        kept = turns(order, slots)
+        held: set[int] = set()
+        for use, earlier in enumerate(kept):
+            if earlier is None:
+                assert len(held) < slots, "no slot is free for the next read"
+            else:
+                held.remove(earlier)
+                assert order[earlier] == order[use]
+            if use in kept:
+                held.add(use)
+        assert not held
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,11 +170,3 @@ def test_a_shard_that_shrank_after_it_was_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         list(source.jobs(jobs))
     source.close()
-
-
-def test_auto_reads_what_fits_through_the_cache(folder: Path) -> None:
-    checkpoint = open_checkpoint(folder, 4)
-    assert choose_io(checkpoint, 1 << 40)[0] == "buffered"
-    mode, why = choose_io(checkpoint, checkpoint.bytes)
-    assert mode == "direct"
-    assert "larger than the page cache" in why

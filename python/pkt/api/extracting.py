@@ -11,8 +11,19 @@ from pkt.errors import BudgetError, IncompatibleError, UsageError
 from pkt.host import memory_limit
 from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
-from pkt.projections import Pair, match
-from pkt.records import Extraction, Inspection, IoMode, LayerRule, Plan, Select, Split, Template
+from pkt.projections import Pair, match, projections_of
+from pkt.records import (
+    Extraction,
+    Inspection,
+    IoMode,
+    LayerRule,
+    Plan,
+    Reading,
+    SampleSet,
+    Select,
+    Split,
+    Template,
+)
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -68,6 +79,8 @@ def inspect(
         )
         if embeddings:
             problems += _vocabulary_problems(big, small)
+    else:
+        projections_of(big)  # refuses layers that no student could be cut from
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
@@ -93,7 +106,7 @@ def inspect(
 def prepare(
     teacher: str,
     student: str,
-    seeds: str | Path,
+    seeds: str | Path | SampleSet,
     *,
     rank: int = 16,
     layers: LayerRule = "sensitivity",
@@ -113,8 +126,9 @@ def prepare(
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
 
-    Most arguments are the options of `pkt extract`. torchrun has started the ``processes`` that
-    share the seeds, ``processes_here`` of them on this host, whose memory they share.
+    ``seeds`` is a JSONL file, or samples that are tokens already. torchrun has started the
+    ``processes`` that share the seeds, ``processes_here`` of them on this host, whose memory they
+    share.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -148,11 +162,13 @@ def prepare(
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
     from pkt.samples import read_samples
 
-    tokenizer = load_tokenizer(big)
-    read = read_samples(
-        Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
-        positions=big.positions,
-    )  # fmt: skip
+    if isinstance(seeds, SampleSet):
+        read = seeds
+    else:
+        read = read_samples(
+            Path(seeds), load_tokenizer(big), template=template, limit=limit,
+            max_tokens=max_tokens, positions=big.positions,
+        )  # fmt: skip
     if len(read.samples) < processes:
         raise UsageError(
             f"{len(read.samples)} seeds for {processes} processes: expected a seed for each",
@@ -193,7 +209,7 @@ def extract(
         student: the same.
         seeds: JSONL file.
         output_dir: new, empty, or this very run's: the same call continues it.
-        io: how files are read.
+        io: how files are read; "auto" measures, where the page cache cannot hold them.
         device: "cpu" or "cuda".
         overwrite: replace what an earlier run left there.
         notify: told of (phase, steps done, steps in all).
@@ -216,7 +232,7 @@ def execute(
     task: Task,
     folder: Path,
     *,
-    io: IoMode = "auto",
+    io: IoMode | Reading = "auto",
     device: str = "cpu",
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
@@ -230,7 +246,6 @@ def execute(
     from pkt.methods import seeking
     from pkt.output import finished
     from pkt.processes import from_first, joined
-    from pkt.stream import choose_io
 
     if task.processes > 1:
         check_device(device)
@@ -241,11 +256,25 @@ def execute(
                 return Extraction(folder, task.identity(), {})
             record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
             return Extraction(folder, manifest, record)
-        require_choice("io", io, IoMode)
         require_fit(task.plan)
         check_device(device)
-        mode = choose_io(task.teacher.checkpoint, memory_limit()[0])[0] if io == "auto" else io
-        return seeking.run(task, folder, io=mode, device=device, overwrite=overwrite, notify=notify)
+        chosen = io if isinstance(io, Reading) else reading(task, io)
+        return seeking.run(
+            task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify
+        )
+
+
+def reading(task: Task, io: IoMode = "auto", *, measured: bool = True) -> Reading:
+    """The reading mode of a run: as asked, or chosen by a short measurement of the files.
+
+    Without ``measured`` no file is read, and the mode stays "auto" where that would decide.
+    """
+    from pkt.disk import choose_io
+
+    require_choice("io", io, IoMode)
+    if io != "auto":
+        return Reading(io, f"--io {io}")
+    return choose_io(task.teacher.checkpoint, task.plan, memory_limit()[0], measured=measured)
 
 
 def require_fit(plan: Plan) -> None:
@@ -354,4 +383,4 @@ def base_name(model: Model) -> str:
     return model.source if not Path(model.source).is_dir() else str(Path(model.source))
 
 
-__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "require_fit"]
+__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "reading", "require_fit"]

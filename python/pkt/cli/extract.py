@@ -17,7 +17,7 @@ from pkt import api
 from pkt.cli import options
 from pkt.cli.environment import alias_file, aliases, processes, processes_here, stay_offline
 from pkt.cli.options import Session
-from pkt.cli.running import perform, prepare, reading_mode, result_json
+from pkt.cli.running import perform, prepare, result_json
 from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
 from pkt.errors import PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
@@ -139,7 +139,7 @@ def extract(session: Session, /, **given: Any) -> None:
 
 
 def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
-    mode = reading_mode(task, given["io"])
+    reading = api.reading(task, given["io"], measured=False)
     if given["as_json"]:
         cut = sum(seed.cut for seed in task.seeds.samples)
         seeds = {**task.identity()["seeds"], "cut": cut, "longest": task.seeds.longest}
@@ -147,12 +147,12 @@ def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
             "plan": plan_json(task.plan),
             "seeds": seeds,
             "options": task.identity()["options"],
-            "io": {"mode": mode[0], "reason": mode[1]},
+            "io": {"mode": reading.mode, "reason": reading.reason},
         }
         click.echo(json.dumps(found, indent=1))
     else:
         click.echo(seeds_line(task.seeds, task.seed_options["max_tokens"]))
-        click.echo(plan_table(task.plan, mode))
+        click.echo(plan_table(task.plan, reading))
     api.require_fit(task.plan)
 
 

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,7 +20,6 @@ from pkt.cli.options import Session
 from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
 from pkt.errors import IncompatibleError, InterruptError, PktError
-from pkt.host import memory_limit
 from pkt.models import resolve
 from pkt.output import WORK, finished, spool_folder
 from pkt.records import Extraction, IoMode
@@ -77,11 +76,14 @@ def perform(
     if not overwrite and finished(folder, task.identity()):
         tell(f"{folder}: finished already, with these inputs; nothing to do")
         return api.execute(task, folder, device=device)
-    mode = reading_mode(task, io)
     tell(seeds_line(task.seeds, task.seed_options["max_tokens"]))
     if task.processes > 1:
         tell(f"processes: {task.processes} share the seeds; each reads the teacher")
-    tell(plan_table(task.plan, mode) + "\n")
+    if not task.plan.fits:
+        tell(plan_table(task.plan) + "\n")
+    api.require_fit(task.plan)
+    reading = api.reading(task, io)
+    tell(plan_table(task.plan, reading) + "\n")
     progress = Progress(task.teacher.checkpoint.layer_bytes, tell)
 
     def notify(phase: str, done: int, total: int) -> None:
@@ -91,7 +93,7 @@ def perform(
 
     try:
         made = api.execute(
-            task, folder, io=mode[0], device=device, overwrite=overwrite, notify=notify
+            task, folder, io=reading, device=device, overwrite=overwrite, notify=notify
         )
     except BaseException as error:
         progress.close()
@@ -102,8 +104,8 @@ def perform(
         progress.close()
     if not made.run:  # another process speaks for all
         return made
-    if made.run["io"] != mode[0]:
-        tell(f"io: {mode[0]} was refused by the file system; {made.run['io']} was used")
+    if made.run["io"] != reading.mode:
+        tell(f"io: {reading.mode} was refused by the file system; {made.run['io']} was used")
     tell("\n" + summary(made, task.teacher.layers))
     return made
 
@@ -117,16 +119,6 @@ def result_json(made: Extraction) -> str:
         "run": made.run,
     }
     return json.dumps(found, indent=1)
-
-
-def reading_mode(task: Task, wanted: IoMode) -> tuple[IoMode, str]:
-    """The reading mode, and why."""
-    from pkt.stream import choose_io
-
-    if wanted != "auto":
-        return wanted, f"--io {wanted}"
-    mode, reason = choose_io(task.teacher.checkpoint, memory_limit()[0])
-    return cast(IoMode, mode), reason
 
 
 def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:

@@ -29,7 +29,7 @@ from pkt.methods.seeking.steps import Notify, Start, extract_start, require_line
 from pkt.methods.seeking.task import DTYPES, Config, Task
 from pkt.output import MANIFEST, as_json, publish
 from pkt.processes import is_first, wait_for_all
-from pkt.records import Extraction, Factors
+from pkt.records import Extraction, Factors, Reading
 from pkt.report import write_report
 from pkt.selection import pick_layers
 from pkt.stream import CheckpointSource
@@ -44,7 +44,7 @@ def run(
     task: Task,
     folder: Path,
     *,
-    io: str,
+    io: Reading,
     device: str = "cpu",
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
@@ -54,7 +54,7 @@ def run(
     Args:
         task: opened inputs and options.
         folder: OUT.
-        io: mmap, buffered or direct.
+        io: mmap, buffered or direct, and why.
         device: "cpu" or "cuda".
         overwrite: replace what an earlier run of pkt left in OUT.
         notify: told of (phase, steps done, steps in all).
@@ -78,7 +78,7 @@ def run(
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
             student = build_skeleton(task.student.folder, torch.float32)
             require_linear(task, skeleton, student)
-        source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
+        source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, place)
         try:
             # 1. Sensitivity of every teacher parameter, summed over the seeds; the most
             #    sensitive sub-matrix of every weight, while its scores are in memory.
@@ -105,7 +105,7 @@ def run(
             spectra = {name: f.singular_values for name, f in start.factors.items()}
             energy = {name: _kept(f) for name, f in start.factors.items()}
             write_report(staged / "report", found, start.heats, spectra, energy)
-        record = run_record(task, source, costs, peak)
+        record = run_record(task, source, io, costs, peak)
         texts = {
             "README.md": model_card(found, task.base_model),
             "pkt_run.json": as_json(record),
