@@ -43,7 +43,9 @@ def shared_folder(
     if is_first():
         with run_folder(folder, identity, overwrite) as work:
             wait_for_all()
-            yield work, spool_folder(work, 0, processes)
+            spool = spool_folder(work, 0, processes)
+            spool.mkdir(parents=True, exist_ok=True)
+            yield work, spool
         return
     wait_for_all()
     work = folder / WORK
