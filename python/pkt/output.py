@@ -30,6 +30,9 @@ _OURS = (
     MANIFEST, WORK,
 )  # fmt: skip
 
+#: What an unfinished run must agree in, and a finished one does not say.
+_PASSING = ("device", "weights")
+
 
 def finished(
     folder: Path, identity: Mapping[str, Any], results: Sequence[str] = ADAPTER
@@ -50,7 +53,7 @@ def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     wanted = json.loads(json.dumps(identity))
     same = isinstance(manifest, dict) and all(
-        manifest.get(key) == value for key, value in wanted.items() if key != "device"
+        manifest.get(key) == value for key, value in wanted.items() if key not in _PASSING
     )
     return manifest if same else None
 
