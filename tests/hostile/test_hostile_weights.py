@@ -89,7 +89,7 @@ CASES: list[tuple[str, Change, str, int]] = [
     ("another width in the config", config(hidden_size=36), "from config.json, found", 1),
     ("another MLP in the config", config(intermediate_size=81), "expected shape", 1),
     ("another vocabulary in the config", config(vocab_size=127), "expected shape", 1),
-    ("heads that do not divide the width", config(num_attention_heads=5, num_key_value_heads=5), "expected shape", 1),
+    ("heads that do not divide the width", config(num_attention_heads=5, num_key_value_heads=5), "transformers cannot build this model", 3),
     ("a width in words", config(hidden_size="wide"), "transformers cannot build this model", 3),
     ("an activation that nobody knows", config(hidden_act="evil"), "transformers cannot build this model", 3),
     ("a kind of model with code of its own", config(model_type="evil", auto_map={"AutoConfig": "evil.Config"}), "transformers cannot build this model", 3),
@@ -116,3 +116,13 @@ def test_a_teacher_that_cannot_be_read(
     assert "bug in pkt" not in ended.err
     assert not evil.exists()
     assert not out.exists() or [path.name for path in out.iterdir()] == [".work"]
+
+
+def test_a_student_whose_config_transformers_refuses(inputs: Inputs, tmp_path: Path) -> None:
+    student, out = tmp_path / "student", tmp_path / "out"
+    shutil.copytree(inputs.student, student)
+    config(hidden_size="wide")(student)
+    ended = pkt("extract", *inputs.options(student=student), "-o", out, "--targets", "q")
+    assert ended.code == 3, ended.err
+    assert "transformers cannot build this model" in ended.error
+    assert "bug in pkt" not in ended.err

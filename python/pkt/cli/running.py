@@ -99,7 +99,7 @@ def perform(
     finally:
         progress.close()
     if made.run["io"] != mode[0]:
-        tell(f"io: {mode[0]} was refused by the file system; {made.run['io']} was used")
+        tell(f"io: {mode[0]} was refused here; {made.run['io']} was used")
     tell("\n" + summary(made, task.teacher.layers))
     return made
 
