@@ -27,6 +27,7 @@ BEAT_SECONDS = 5.0
 MISSED_BEATS = 8  # in a row: 40 s of silence
 MEET_SECONDS = 1800.0  # one host may still be fetching a model
 _NO_LIMIT = datetime.timedelta(days=365)  # of one collective: the watch ends a wait in vain
+_UNREACHABLE = "the host where the processes met cannot be reached any more"
 _AGAIN = "run the same command again: it continues where it stopped"
 
 
@@ -77,6 +78,12 @@ def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
         sums[least] += sizes[item]
         found[least].append(item)
     return [sorted(part) for part in found]
+
+
+def require_all() -> None:
+    """Raise `PktError` if another process of the run is known to be gone."""
+    if _watch and not _alone and _watch.lost:
+        raise PktError(_watch.lost, _AGAIN)
 
 
 def sum_over_processes(numbers: Sequence[float], device: torch.device) -> list[float]:
@@ -190,7 +197,8 @@ class _Watch:
         self._others = [other for other in range(count) if other != rank]
         self._count = count
         self._ended = threading.Event()
-        self.silent: str | None = None  #: who is no longer heard of
+        self._rounds = 0  # of listening
+        self.lost: str | None = None  #: who is gone, and how it was noticed
 
     def meet(self) -> None:
         """Return when all have come; begin to say and to hear that they live."""
@@ -204,16 +212,16 @@ class _Watch:
                     "its own messages say why; then start all again",
                 )
             time.sleep(0.05)
-        threading.Thread(target=self._listen, args=(ours,), name="pkt-beat", daemon=True).start()
+        for name, target in (("pkt-beat", self._listen), ("pkt-guard", self._guard)):
+            threading.Thread(target=target, args=(ours,), name=name, daemon=True).start()
 
     def loss(self, error: BaseException | None = None) -> str:
         """One line on why the others cannot be waited for any longer."""
-        if self.silent:
-            return self.silent
-        for other in self._others:
-            with contextlib.suppress(RuntimeError):
-                if self._store.check([f"pkt/left/{other}"]):
-                    return f"{self._name(other)} has ended with an error, which it prints itself"
+        if self.lost:
+            return self.lost
+        with contextlib.suppress(RuntimeError):
+            if left := self._left(self._store):
+                return left
         reason = str(error).splitlines()[0] if error else "no reason is known"
         return f"another of the {self._count} processes has ended or cannot be reached: {reason}"
 
@@ -221,7 +229,8 @@ class _Watch:
         """Tell the others that this process has failed."""
         self._ended.set()
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"pkt/left/{self._rank}", "1")
+            if not self.lost:
+                self._store.set(f"pkt/left/{self._rank}", "1")
 
     def part(self) -> None:
         """Return when no process waits for another any more, or one is gone.
@@ -233,7 +242,8 @@ class _Watch:
         with contextlib.suppress(RuntimeError):
             if self._rank:
                 self._store.set(f"pkt/done/{self._rank}", "1")
-            while not (self.silent or self._store.check([f"pkt/done/{each}" for each in awaited])):
+            done = [f"pkt/done/{each}" for each in awaited]
+            while not (self.lost or self._store.check(done)):
                 time.sleep(0.01)
             if self._rank == 0:
                 self._store.set("pkt/done/0", "1")
@@ -241,24 +251,38 @@ class _Watch:
 
     def _listen(self, store: Any) -> None:
         """Counted in beats of our own, not by the clock: a whole run may be stopped for a while."""
-        heard, missed, beat = dict.fromkeys(self._others, b""), dict.fromkeys(self._others, 0), 0
+        heard, missed = dict.fromkeys(self._others, b""), dict.fromkeys(self._others, 0)
         store.set_timeout(datetime.timedelta(seconds=2 * BEAT_SECONDS))
-        while not self._ended.wait(BEAT_SECONDS):
-            beat += 1
+        while not self.lost and not self._ended.wait(BEAT_SECONDS):
+            self._rounds += 1
             try:
-                self._beat(store, beat)
+                self._beat(store, self._rounds)
                 for other in self._others:
                     said = store.get(f"pkt/beat/{other}")
                     missed[other] = missed[other] + 1 if said == heard[other] else 0
                     heard[other] = said
+                self.lost = self._left(store)
             except RuntimeError:
-                self.silent = "the host where the processes met cannot be reached any more"
-                return
+                self.lost = _UNREACHABLE
             for other in self._others:
-                if missed[other] >= MISSED_BEATS:
+                if missed[other] >= MISSED_BEATS and not self.lost:
                     seconds = MISSED_BEATS * BEAT_SECONDS
-                    self.silent = f"{self._name(other)} has not been heard of for {seconds:.0f} s"
-                    return
+                    self.lost = f"{self._name(other)} has not been heard of for {seconds:.0f} s"
+
+    def _guard(self, _: Any) -> None:
+        """Where the network is cut, listening itself hangs: it is missed as a process would be."""
+        seen, missed = self._rounds, 0
+        while not self.lost and not self._ended.wait(BEAT_SECONDS):
+            missed = missed + 1 if self._rounds == seen else 0
+            seen = self._rounds
+            if missed >= MISSED_BEATS:
+                self.lost = _UNREACHABLE
+
+    def _left(self, store: Any) -> str | None:
+        for other in self._others:
+            if store.check([f"pkt/left/{other}"]):
+                return f"{self._name(other)} has ended with an error, which it prints itself"
+        return None
 
     def _beat(self, store: Any, number: int) -> None:
         store.set(f"pkt/beat/{self._rank}", str(number))
@@ -280,8 +304,7 @@ def _finish(work: Any) -> None:
     """
     pause = 2e-5
     while not work.is_completed():
-        if _watch and _watch.silent:
-            raise PktError(_watch.silent, _AGAIN)
+        require_all()
         time.sleep(pause)
         pause = min(1.5 * pause, 5e-3)
     try:

@@ -78,11 +78,19 @@ def test_silence_is_noticed_and_names_the_process(
     ours.meet()
     theirs.meet()
     wait_until(lambda: int(store.get("pkt/beat/0")) > 3 * processes.MISSED_BEATS)
-    assert ours.silent is None, "while both speak, none is silent"
+    assert ours.lost is None, "while both speak, none is silent"
     theirs._ended.set()
-    wait_until(lambda: ours.silent)
+    wait_until(lambda: ours.lost)
     assert ours.loss() == "process 1 (of 0 to 1) has not been heard of for 0 s"
     ours._ended.set()
+
+
+def test_listening_that_hangs_is_noticed(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "BEAT_SECONDS", 0.05)
+    watch = processes._Watch(store, 0, 2)
+    threading.Thread(target=watch._guard, args=(store,), daemon=True).start()  # no one listens
+    wait_until(lambda: watch.lost)
+    assert watch.loss() == processes._UNREACHABLE
 
 
 def test_one_that_fails_says_so(store: TCPStore) -> None:
