@@ -72,7 +72,8 @@ format: $(VENV)/.core ## write the formatting that `check` asks for
 	$(BIN)/ruff format .
 
 # Each benches/python/bench_NAME.py is a target bench-NAME; BENCH_ARGS are its arguments. They make
-# their own models, up to 6 GB in $TMPDIR, and bench-reader and bench-forecast drop the page cache: run as root.
+# their own models, up to 6 GB in $TMPDIR; bench-reader and bench-forecast drop the page cache: run
+# them as root.
 BENCHES := $(patsubst benches/python/bench_%.py,bench-%,$(sort $(wildcard benches/python/bench_*.py)))
 
 .PHONY: bench bench-rust $(BENCHES)

@@ -21,7 +21,7 @@ TOKENS = 128  # of the seed whose row blocks are timed
 SCORE_SHAPE = (4096, 11008)
 WINDOW_SHAPE = (8192, 8192)
 SQUARE = 4096  # side of the matrices that are multiplied
-LEAST_SECONDS = 0.5
+LEAST_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def copy_bandwidth(moved_bytes: int) -> float:
 
 
 def best(work: Callable[[], object], least_seconds: float = LEAST_SECONDS) -> float:
-    """The shortest of at least two runs after a first one, repeated for half a second."""
+    """The shortest of at least two runs after a first one, repeated for a fifth of a second."""
     work()
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < least_seconds:

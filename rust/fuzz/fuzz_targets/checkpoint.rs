@@ -15,7 +15,8 @@ use std::sync::atomic::AtomicBool;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use pkt_core::reader::{Extent, File, Mode, Range, Reader, layout};
+use pkt_core::layout::{Extent, Range, layout};
+use pkt_core::reader::{File, Mode, Reader};
 use pkt_core::{Catalogue, Error};
 use tempfile::TempDir;
 
