@@ -1,15 +1,13 @@
 """Several processes of one run, as torchrun or accelerate starts them; one alone needs nothing.
 
-What they share: sums, a part of the work each, and what they agree on. `joined` also keeps a watch:
-each process says every few seconds that it lives, so that one which was killed, stopped or cut off
-ends the others within a minute, however long an honest one may keep them waiting.
+What they share: sums, a part of the work each, and what they agree on. Those that `joined` brings
+together also watch each other, so that none waits for one that is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -19,13 +17,11 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from pkt.errors import PktError, UsageError
+from pkt.watch import Watch
 
 Item = TypeVar("Item")
 
 CHUNK_ELEMENTS = 1 << 22  # summed at once: what the backend holds beside the tensor stays small
-BEAT_SECONDS = 5.0
-MISSED_BEATS = 8  # in a row: 40 s of silence
-MEET_SECONDS = 1800.0  # one host may still be fetching a model
 _NO_LIMIT = datetime.timedelta(days=365)  # of one collective: the watch ends a wait in vain
 _AGAIN = "run the same command again: it continues where it stopped"
 
@@ -77,6 +73,12 @@ def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
         sums[least] += sizes[item]
         found[least].append(item)
     return [sorted(part) for part in found]
+
+
+def require_all() -> None:
+    """Raise `PktError` if another process of the run is known to be gone."""
+    if _watch and not _alone and _watch.lost:
+        raise PktError(_watch.lost, _AGAIN)
 
 
 def sum_over_processes(numbers: Sequence[float], device: torch.device) -> list[float]:
@@ -156,7 +158,7 @@ def joined(count: int, device: str) -> Iterator[None]:
     on_cuda = device.split(":")[0] == "cuda"
     if on_cuda:
         _take_device(distributed.get_node_local_rank())
-    watch = _Watch(store, rank, size)
+    watch = Watch(store, rank, size)
     watch.meet()
     try:
         distributed.init_process_group(
@@ -182,92 +184,7 @@ def joined(count: int, device: str) -> Iterator[None]:
     _watch = None
 
 
-class _Watch:
-    """What this process hears of the others, by way of the store in which they met."""
-
-    def __init__(self, store: Any, rank: int, count: int) -> None:
-        self._store, self._rank = store, rank
-        self._others = [other for other in range(count) if other != rank]
-        self._count = count
-        self._ended = threading.Event()
-        self.silent: str | None = None  #: who is no longer heard of
-
-    def meet(self) -> None:
-        """Return when all have come; begin to say and to hear that they live."""
-        ours = self._store.clone()
-        self._beat(ours, 0)
-        since = time.monotonic()
-        while away := [other for other in self._others if not ours.check([f"pkt/beat/{other}"])]:
-            if time.monotonic() - since > MEET_SECONDS:
-                raise PktError(
-                    f"{self._name(away[0])} has not come within {MEET_SECONDS:.0f} s",
-                    "its own messages say why; then start all again",
-                )
-            time.sleep(0.05)
-        threading.Thread(target=self._listen, args=(ours,), name="pkt-beat", daemon=True).start()
-
-    def loss(self, error: BaseException | None = None) -> str:
-        """One line on why the others cannot be waited for any longer."""
-        if self.silent:
-            return self.silent
-        for other in self._others:
-            with contextlib.suppress(RuntimeError):
-                if self._store.check([f"pkt/left/{other}"]):
-                    return f"{self._name(other)} has ended with an error, which it prints itself"
-        reason = str(error).splitlines()[0] if error else "no reason is known"
-        return f"another of the {self._count} processes has ended or cannot be reached: {reason}"
-
-    def leave(self) -> None:
-        """Tell the others that this process has failed."""
-        self._ended.set()
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"pkt/left/{self._rank}", "1")
-
-    def part(self) -> None:
-        """Return when no process waits for another any more, or one is gone.
-
-        A connection that is closed may fail a collective that has just ended on the other side,
-        and the first process may hold the store itself.
-        """
-        awaited = self._others if self._rank == 0 else [0]
-        with contextlib.suppress(RuntimeError):
-            if self._rank:
-                self._store.set(f"pkt/done/{self._rank}", "1")
-            while not (self.silent or self._store.check([f"pkt/done/{each}" for each in awaited])):
-                time.sleep(0.01)
-            if self._rank == 0:
-                self._store.set("pkt/done/0", "1")
-        self._ended.set()
-
-    def _listen(self, store: Any) -> None:
-        """Counted in beats of our own, not by the clock: a whole run may be stopped for a while."""
-        heard, missed, beat = dict.fromkeys(self._others, b""), dict.fromkeys(self._others, 0), 0
-        store.set_timeout(datetime.timedelta(seconds=2 * BEAT_SECONDS))
-        while not self._ended.wait(BEAT_SECONDS):
-            beat += 1
-            try:
-                self._beat(store, beat)
-                for other in self._others:
-                    said = store.get(f"pkt/beat/{other}")
-                    missed[other] = missed[other] + 1 if said == heard[other] else 0
-                    heard[other] = said
-            except RuntimeError:
-                self.silent = "the host where the processes met cannot be reached any more"
-                return
-            for other in self._others:
-                if missed[other] >= MISSED_BEATS:
-                    seconds = MISSED_BEATS * BEAT_SECONDS
-                    self.silent = f"{self._name(other)} has not been heard of for {seconds:.0f} s"
-                    return
-
-    def _beat(self, store: Any, number: int) -> None:
-        store.set(f"pkt/beat/{self._rank}", str(number))
-
-    def _name(self, rank: int) -> str:
-        return f"process {rank} (of 0 to {self._count - 1})"
-
-
-_watch: _Watch | None = None  # beside torch's own group, of which there is one a process
+_watch: Watch | None = None  # beside torch's own group, of which there is one a process
 _alone = False  # in a run of one process
 
 
@@ -280,8 +197,7 @@ def _finish(work: Any) -> None:
     """
     pause = 2e-5
     while not work.is_completed():
-        if _watch and _watch.silent:
-            raise PktError(_watch.silent, _AGAIN)
+        require_all()
         time.sleep(pause)
         pause = min(1.5 * pause, 5e-3)
     try:

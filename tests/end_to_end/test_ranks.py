@@ -271,8 +271,8 @@ def test_other_inputs_on_another_host_are_refused_by_name(case: Case, tmp_path: 
 
 
 def test_a_process_that_dies_ends_the_others_with_one_line(case: Case, tmp_path: Path) -> None:
-    out = tmp_path / "out"
     for victim in (0, 1):
+        out = tmp_path / f"{victim}"
         processes = case.ranks.start(*case.paths, outs=[out, out], **OPTIONS)
         while not (out / ".work" / "spool" / f"rank-{victim}" / "input-00001.bin").exists():
             time.sleep(0.001)
@@ -283,8 +283,8 @@ def test_a_process_that_dies_ends_the_others_with_one_line(case: Case, tmp_path:
         assert code == 1
         assert text.startswith("another of the 2 processes has ended or cannot be reached: ")
         assert "\n" not in text
-    assert case.run(out) == [(0, "")] * 2
-    assert runs.contents(out) == case.whole
+        assert case.run(out) == [(0, "")] * 2
+        assert runs.contents(out) == case.whole
 
 
 def test_more_processes_than_seeds(case: Case) -> None:

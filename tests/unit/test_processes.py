@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
-from pkt import processes
-from pkt.errors import UsageError
+from pkt import processes, watch
+from pkt.errors import PktError, UsageError
 from pkt.processes import balanced, joined
+from pkt.watch import Watch
 
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 
@@ -72,39 +73,47 @@ def wait_until(true: Callable[[], object]) -> None:
 def test_silence_is_noticed_and_names_the_process(
     store: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "BEAT_SECONDS", 0.05)
-    ours, theirs = (processes._Watch(store, rank, 2) for rank in range(2))
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
+    ours, theirs = (Watch(store, rank, 2) for rank in range(2))
     theirs._beat(store, 0)
     ours.meet()
     theirs.meet()
-    wait_until(lambda: int(store.get("pkt/beat/0")) > 3 * processes.MISSED_BEATS)
-    assert ours.silent is None, "while both speak, none is silent"
+    wait_until(lambda: int(store.get("pkt/beat/0")) > 3 * watch.MISSED_BEATS)
+    assert ours.lost is None, "while both speak, none is silent"
     theirs._ended.set()
-    wait_until(lambda: ours.silent)
+    wait_until(lambda: ours.lost)
     assert ours.loss() == "process 1 (of 0 to 1) has not been heard of for 0 s"
     ours._ended.set()
 
 
+def test_listening_that_hangs_is_noticed(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
+    ours = Watch(store, 0, 2)
+    threading.Thread(target=ours._guard, args=(store,), daemon=True).start()  # no one listens
+    wait_until(lambda: ours.lost)
+    assert ours.loss() == watch.UNREACHABLE
+
+
 def test_one_that_fails_says_so(store: TCPStore) -> None:
-    ours, theirs = (processes._Watch(store, rank, 2) for rank in range(2))
+    ours, theirs = (Watch(store, rank, 2) for rank in range(2))
     assert "another of the 2 processes has ended" in ours.loss(RuntimeError("reset\nmore"))
     theirs.leave()
     assert ours.loss() == "process 1 (of 0 to 1) has ended with an error, which it prints itself"
 
 
 def test_one_that_does_not_come(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "MEET_SECONDS", 0.1)
-    with pytest.raises(processes.PktError, match=r"process 1 \(of 0 to 1\) has not come within"):
-        processes._Watch(store, 0, 2).meet()
+    monkeypatch.setattr(watch, "MEET_SECONDS", 0.1)
+    with pytest.raises(PktError, match=r"process 1 \(of 0 to 1\) has not come within"):
+        Watch(store, 0, 2).meet()
 
 
 def test_the_first_parts_last(store: TCPStore) -> None:
     """It may hold the store, and a closed connection may fail what has just ended elsewhere."""
-    first, second = (processes._Watch(store, rank, 2) for rank in range(2))
+    first, second = (Watch(store, rank, 2) for rank in range(2))
     ends: list[int] = []
     threads = [
-        threading.Thread(target=lambda r=rank, w=watch: (w.part(), ends.append(r)), daemon=True)
-        for rank, watch in enumerate((first, second))
+        threading.Thread(target=lambda r=rank, w=one: (w.part(), ends.append(r)), daemon=True)
+        for rank, one in enumerate((first, second))
     ]
     threads[0].start()
     time.sleep(0.1)

@@ -24,7 +24,7 @@ from torch.nn import functional
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.errors import PktError
 from pkt.host import release_free_memory
-from pkt.processes import everywhere, largest, wait_for_all
+from pkt.processes import everywhere, largest, require_all, wait_for_all
 from pkt.records import Sample
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
@@ -299,6 +299,7 @@ class Sweep:
     def _apply(
         self, index: int, weights: Weights, hidden: torch.Tensor, args: Any, kwargs: Any
     ) -> torch.Tensor:
+        require_all()
         layer = self.skeleton.layers[index]
         absent = [name for name, _ in layer.named_parameters() if name not in weights]
         if absent:
