@@ -24,6 +24,8 @@ WORK = ".work"
 MANIFEST = "pkt_manifest.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report")
 TUNED = (*ADAPTER, "metrics.jsonl")
+#: What unfinished work depends on, and a result need not name.
+_OF_WORK = ("device", "processes", "weights")
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
     *TUNED, "results.json", "results.md", "details", "pkt_run.json",
@@ -50,7 +52,9 @@ def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     wanted = json.loads(json.dumps(identity))
     same = isinstance(manifest, dict) and all(
-        manifest.get(key) == value for key, value in wanted.items() if key != "device"
+        manifest.get(key) == value
+        for key, value in wanted.items()
+        if key in manifest or key not in _OF_WORK
     )
     return manifest if same else None
 
@@ -88,7 +92,7 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
             )
     try:
         work.mkdir(exist_ok=True)
-        with _locked(work):
+        with locked(work):
             _claim(folder, work, identity, overwrite)
             yield work
     except IncompatibleError:  # a family that cannot be swept: nothing here is worth keeping
@@ -139,7 +143,7 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
         held = {}
     if held is not None and held != wanted:
         if not overwrite:
-            changed = ", ".join(_differences(held, wanted)) or "its state is damaged"
+            changed = ", ".join(differences(held, wanted)) or "its state is damaged"
             raise OutputError(
                 f"{folder}: an unfinished run with other inputs is there; changed: {changed}",
                 "repeat its command to continue it, choose another -o, or add --overwrite",
@@ -169,18 +173,22 @@ def _written(folder: Path) -> list[str]:
     return [MANIFEST, *(name for name in (*_OURS, *listed) if name not in (MANIFEST, ".", ".."))]
 
 
-def _differences(held: Any, wanted: Any, path: str = "") -> list[str]:
+def differences(held: Any, wanted: Any, path: str = "") -> list[str]:
+    """Dotted names of the fields in which two JSON values differ."""
     if not isinstance(held, dict) or not isinstance(wanted, dict):
         return [] if held == wanted else [path.removeprefix(".") or "everything"]
     found = []
     for key in sorted({*held, *wanted}):
-        found += _differences(held.get(key), wanted.get(key), f"{path}.{key}")
+        found += differences(held.get(key), wanted.get(key), f"{path}.{key}")
     return found
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """An flock: the kernel drops it with the process, so no stale lock can remain."""
+def locked(work: Path) -> Iterator[None]:
+    """Hold ``work`` against other processes.
+
+    By an flock: the kernel drops it with the process, so no stale lock can remain.
+    """
     with (work / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,6 +203,11 @@ def _locked(work: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()}")
         file.flush()
         yield
+
+
+def spool_folder(work: Path, process: int, processes: int) -> Path:
+    """Where one of the processes of a run keeps what its sweep leaves."""
+    return work / "spool" / f"rank-{process}" if processes > 1 else work / "spool"
 
 
 def as_json(value: Any) -> str:

@@ -120,11 +120,15 @@ def prepare(
     max_ram: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
+    processes: int = 1,
+    processes_here: int = 1,
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
 
-    ``seeds`` is a JSONL file, or samples that are tokens already.
+    ``seeds`` is a JSONL file, or samples that are tokens already. torchrun has started the
+    ``processes`` that share the seeds, ``processes_here`` of them on this host, whose memory they
+    share.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -165,10 +169,15 @@ def prepare(
             Path(seeds), load_tokenizer(big), template=template, limit=limit,
             max_tokens=max_tokens, positions=big.positions,
         )  # fmt: skip
+    if len(read.samples) < processes:
+        raise UsageError(
+            f"{len(read.samples)} seeds for {processes} processes: expected a seed for each",
+            "start fewer processes, or give more seeds",
+        )
     computed = compute_dtype(big, dtype)
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
-        budget=budget(max_ram), embeddings=embeddings,
+        budget=budget(max_ram, processes_here), embeddings=embeddings,
         **_records(select),
     )  # fmt: skip
     config = Config(
@@ -177,7 +186,8 @@ def prepare(
         seed=seed,
     )  # fmt: skip
     options = {"template": read.template, "max_tokens": max_tokens, "limit": limit}
-    return Task(big, small, read, pairs, plan, config, options, base_name(small))
+    base = base_name(small)
+    return Task(big, small, read, pairs, plan, config, options, base, processes)
 
 
 def extract(
@@ -227,19 +237,31 @@ def execute(
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
 ) -> Extraction:
-    """Run what `prepare` made; a finished run with the same inputs is returned as it is."""
+    """Run what `prepare` made; a finished run with the same inputs is returned as it is.
+
+    Of several processes all but the first return no more than the run's identity.
+    """
     import json
 
     from pkt.methods import seeking
     from pkt.output import finished
+    from pkt.processes import from_first, joined
 
-    if not overwrite and (manifest := finished(folder, task.identity())):
-        record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
-        return Extraction(folder, manifest, record)
-    require_fit(task.plan)
-    check_device(device)
-    chosen = io if isinstance(io, Reading) else reading(task, io)
-    return seeking.run(task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify)
+    if task.processes > 1:
+        check_device(device)
+    with joined(task.processes, device):
+        manifest = None if overwrite else finished(folder, task.identity())
+        if from_first("finished" if manifest else "to do") == "finished":
+            if manifest is None:  # another host's OUT holds it
+                return Extraction(folder, task.identity(), {})
+            record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
+            return Extraction(folder, manifest, record)
+        require_fit(task.plan)
+        check_device(device)
+        chosen = io if isinstance(io, Reading) else reading(task, io)
+        return seeking.run(
+            task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify
+        )
 
 
 def reading(task: Task, io: IoMode = "auto", *, measured: bool = True) -> Reading:
@@ -276,12 +298,13 @@ def check_device(device: str) -> None:
             raise UsageError(f"--device {device}: not available here", "use --device cpu")
 
 
-def budget(max_ram: str | None) -> tuple[int, str]:
-    """The memory budget and where it comes from."""
+def budget(max_ram: str | None, sharing: int = 1) -> tuple[int, str]:
+    """The memory budget of one of the processes ``sharing`` this host, and where it comes from."""
     if max_ram and max_ram != "auto":
         return parse_bytes(max_ram), f"--max-ram {max_ram}"
     limit, source = memory_limit()
-    return int(limit * 0.9), f"nine tenths of {source}"
+    shared = f", shared by {sharing} processes" if sharing > 1 else ""
+    return int(limit * 0.9) // sharing, f"nine tenths of {source}{shared}"
 
 
 def compute_dtype(model: Model, wanted: str) -> str:

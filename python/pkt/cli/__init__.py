@@ -22,7 +22,7 @@ from pkt.cli.bench import bench
 from pkt.cli.compare import compare
 from pkt.cli.demo import demo
 from pkt.cli.env import env
-from pkt.cli.environment import debugging, set_up
+from pkt.cli.environment import debugging, processes, set_up
 from pkt.cli.eval import evaluate
 from pkt.cli.export import export
 from pkt.cli.extract import extract
@@ -108,8 +108,9 @@ def _explain(error: BaseException) -> int:
 
 
 def _fail(message: str, hint: str | None, code: int) -> int:
+    who = f"process {processes()[0]}: " if processes()[1] > 1 else ""
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"pkt: error: {_readable(message)}", err=True)
+        click.echo(f"pkt: error: {who}{_readable(message)}", err=True)
         if hint:
             click.echo(f"hint: {_readable(hint)}", err=True)
     return code

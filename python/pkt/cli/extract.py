@@ -15,7 +15,7 @@ import click
 
 from pkt import api
 from pkt.cli import options
-from pkt.cli.environment import alias_file, aliases, stay_offline
+from pkt.cli.environment import alias_file, aliases, processes, processes_here, stay_offline
 from pkt.cli.options import Session
 from pkt.cli.running import perform, prepare, result_json
 from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
@@ -103,6 +103,7 @@ def extract(session: Session, /, **given: Any) -> None:
 
     OUT becomes a PEFT LoRA folder; OUT/report/index.html shows what was taken. The plan is
     printed before anything is read. An interrupted run is continued by the same command.
+    `torchrun --nproc-per-node N -m pkt extract …` divides the seeds among N processes.
     """
     needed = ["teacher", "student", "seeds", "output_dir"]
     if given["show_sample"]:
@@ -113,20 +114,28 @@ def extract(session: Session, /, **given: Any) -> None:
         raise _missing(given, missing)
     if given["show_sample"] or given["dry_run"]:
         stay_offline()
+    process, count = processes()
     if given["show_sample"]:
-        click.echo(_sample(given))
+        if process == 0:
+            click.echo(_sample(given))
         return
     names = ("teacher", "student", "seeds", "rank", "layers", "select", "split", "targets")
     more = ("template", "embeddings", "max_tokens", "limit", "max_ram", "dtype", "seed")
-    task = prepare(say=not given["quiet"], **{name: given[name] for name in (*names, *more)})
+    say = not given["quiet"] and process == 0
+    task = prepare(
+        say=say, processes=count, processes_here=processes_here(),
+        **{name: given[name] for name in (*names, *more)},
+    )  # fmt: skip
     if given["dry_run"]:
-        _dry_run(task, given)
+        if process == 0:
+            _dry_run(task, given)
         return
     made = perform(
         session, task, given["output_dir"], io=given["io"], device=given["device"],
-        overwrite=given["overwrite"], say=not given["quiet"],
+        overwrite=given["overwrite"], say=say,
     )  # fmt: skip
-    click.echo(result_json(made) if given["as_json"] else str(made.folder))
+    if process == 0:
+        click.echo(result_json(made) if given["as_json"] else str(made.folder))
 
 
 def _dry_run(task: Task, given: Mapping[str, Any]) -> None:

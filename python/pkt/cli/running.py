@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pkt import api
-from pkt.cli.environment import aliases
+from pkt.cli.environment import aliases, launcher, processes
 from pkt.cli.options import Session
 from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
 from pkt.errors import IncompatibleError, InterruptError, PktError
 from pkt.models import resolve
-from pkt.output import WORK, finished
+from pkt.output import WORK, finished, spool_folder
 from pkt.records import Extraction, IoMode
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ def perform(
 
     if not overwrite and finished(folder, task.identity()):
         tell(f"{folder}: finished already, with these inputs; nothing to do")
-        return api.execute(task, folder)
+        return api.execute(task, folder, device=device)
     tell(seeds_line(task.seeds, task.seed_options["max_tokens"]))
+    if task.processes > 1:
+        tell(f"processes: {task.processes} share the seeds; each reads the teacher")
     if not task.plan.fits:
         tell(plan_table(task.plan) + "\n")
     api.require_fit(task.plan)
@@ -100,8 +102,10 @@ def perform(
         raise _kept(session.interrupts.received, task, folder, session) from error
     finally:
         progress.close()
+    if not made.run:  # another process speaks for all
+        return made
     if made.run["io"] != reading.mode:
-        tell(f"io: {reading.mode} was refused by the file system; {made.run['io']} was used")
+        tell(f"io: {reading.mode} was refused here; {made.run['io']} was used")
     tell("\n" + summary(made, task.teacher.layers))
     return made
 
@@ -119,7 +123,12 @@ def result_json(made: Extraction) -> str:
 
 def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:
     """What an interrupted run leaves (by the sweep's file names), and how it is continued."""
-    spool, depth = folder / WORK / "spool", task.teacher.layers
+    process, count = processes()
+    if process:
+        return InterruptError(number, "interrupted")
+    spool, depth = spool_folder(folder / WORK, process, count), task.teacher.layers
+    words = launcher()
+    command = shlex.join([*words, *session.arguments]) if words else "the same command on each host"
     backward = len(list(spool.glob("layer-*.json")))
     inputs = [int(path.name[6:11]) for path in spool.glob("input-*.sum.json")]
     forward = depth if backward else max(inputs, default=0)
@@ -127,5 +136,5 @@ def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptE
         number,
         f"interrupted; {forward} of {depth} forward layers and {backward} of {depth} backward "
         f"layers are finished and kept in {folder / WORK}",
-        f"continue with: {shlex.join(['pkt', *session.arguments])}",
+        f"continue with: {command}",
     )

@@ -4,7 +4,9 @@ So the teacher is read at most twice, whatever the number of seeds: once forward
 layer's inputs in the spool, once backward, where each layer is recomputed with gradients. For a
 linear layer y = xWᵀ autograd is never asked for a weight gradient: its input X and upstream
 gradient dY go to an observer, which makes dYᵀX in row blocks as it needs them. Results do not
-depend on slots, memory budget or on where a killed run was continued.
+depend on slots, memory budget or on where a killed run was continued. Of several processes each
+sweeps seeds of its own; they meet where a layer's scores are summed, and go on from the last layer
+that all of them have finished.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.nn import functional
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.errors import PktError
 from pkt.host import release_free_memory
+from pkt.processes import everywhere, largest, wait_for_all
 from pkt.records import Sample
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
@@ -101,14 +104,16 @@ class Sweep:
 
         """
         depth = len(self.skeleton.layers)
+        self._agree(depth)
         records = self._recorded(depth)
         first_done = depth - len(records)
         ends_wanted = self.keep_last and self.spool.get("ends") is None
         head_done = self.spool.get("losses") is not None and (
             self.spool.valid(upstream_of(first_done)) or (first_done == 0 and not ends_wanted)
         )
-        if not head_done:
+        if not everywhere(head_done):
             records, first_done = [], depth
+            head_done = head_done and self.spool.valid(upstream_of(depth))
         needed = [*range(first_done), *([depth] if ends_wanted or not head_done else [])]
         absent = self._absent(needed)
         embed = 0 in absent
@@ -155,6 +160,13 @@ class Sweep:
                     break
                 absent.add(index)
         return sorted(absent)
+
+    def _agree(self, depth: int) -> None:
+        """Several processes go on together: records that others of them lack are removed."""
+        ours = len(self._recorded(depth))
+        common = depth - largest(depth - ours)
+        for index in range(depth - ours, depth - common):
+            self.spool.forget(_record(index))
 
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
@@ -278,6 +290,7 @@ class Sweep:
                 observer.finish_matrix(index, module, weight)
         record = observer.finish_layer(index)
         self.spool.put(_record(index), record)
+        wait_for_all()  # one that was killed just before may have to begin this layer again
         self.spool.drop(upstream_of(index + 1))
         if not (self.keep_last and index + 1 == len(self.skeleton.layers)):
             self.spool.drop(boundary(index + 1))

@@ -153,6 +153,10 @@ class Spool:
         with durable(self.folder / f"{name}.json") as file:
             file.write(f'{{"sha256": "{digest}", "record": {body}}}\n'.encode())
 
+    def forget(self, name: str) -> None:
+        """Remove a JSON record."""
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def put_bytes(self, name: str, data: bytes) -> None:
         """Write raw bytes to ``name.bits``."""
         with durable(self.folder / f"{name}.bits") as file:

@@ -23,10 +23,12 @@ import torch
 from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_adapter
 from pkt.card import model_card
 from pkt.host import Costs, PeakMeter, one_thread
+from pkt.methods.seeking.folders import shared_folder
 from pkt.methods.seeking.record import manifest, run_record
 from pkt.methods.seeking.steps import Notify, Start, extract_start, require_linear, score
 from pkt.methods.seeking.task import DTYPES, Config, Task
-from pkt.output import MANIFEST, as_json, publish, run_folder
+from pkt.output import MANIFEST, as_json, publish
+from pkt.processes import is_first, wait_for_all
 from pkt.records import Extraction, Factors, Reading
 from pkt.report import write_report
 from pkt.selection import pick_layers
@@ -57,17 +59,21 @@ def run(
         overwrite: replace what an earlier run of pkt left in OUT.
         notify: told of (phase, steps done, steps in all).
 
+    Returns:
+        the finished run; in all but the first of several processes, without what it found.
+
     Raises:
         PktError: and its subclasses, see `pkt.errors`.
 
     """
     config, place = task.config, torch.device(device)
     dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
-    identity = {**task.identity(), "device": place.type}
+    weights = task.teacher.checkpoint.state()
+    identity = {**task.identity(), "device": place.type, "weights": weights}
     with (
         peak.running(),
         one_thread(_is_small(task)),
-        run_folder(folder, identity, overwrite) as work,
+        shared_folder(folder, identity, overwrite, task.processes) as (work, spool),
     ):
         with costs.phase("skeleton"):
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
@@ -77,12 +83,17 @@ def run(
         try:
             # 1. Sensitivity of every teacher parameter, summed over the seeds; the most
             #    sensitive sub-matrix of every weight, while its scores are in memory.
-            scores = score(task, skeleton, source, work, notify, costs.seconds)
+            scores = score(task, skeleton, source, spool, notify, costs.seconds)
+            if not is_first():
+                wait_for_all()
+                return Extraction(folder, task.identity(), {})
             # 2. The teacher layers that feed the student's, in order.
             layers = pick_layers(scores.layers, task.student.layers, config.layers, config.seed)
             # 3. The chosen sub-matrices, read again; 4. their leading factors.
             with costs.phase("factors"):
-                start = extract_start(task, skeleton, student, source, scores, layers, work, notify)
+                start = extract_start(
+                    task, skeleton, student, source, scores, layers, spool, notify
+                )
         finally:
             source.close()
         found = manifest(task, scores, layers, start)
@@ -102,6 +113,7 @@ def run(
             MANIFEST: as_json(found),
         }
         publish(folder, staged, texts)
+        wait_for_all()
     return Extraction(folder, found, record)
 
 
