@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -177,18 +178,18 @@ def stretches(files: Files, size: int, count: int) -> list[Stretch]:
 
 
 def held(files: Files) -> Iterator[tuple[int, int, int]]:
-    """(file, begin, end) of every run of bytes that is no hole."""
+    """(file, begin, end) of every run of bytes that is no hole, as far as the system can tell."""
     for index, (path, length) in enumerate(files):
         with path.open("rb", buffering=0) as file:
             end = 0
             while end < length:
                 try:
                     begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                    end = min(length, os.lseek(file.fileno(), begin, os.SEEK_HOLE))
                 except OSError as error:
                     if error.errno == errno.ENXIO:  # a hole to the end
                         break
-                    raise
-                end = min(length, os.lseek(file.fileno(), begin, os.SEEK_HOLE))
+                    begin, end = end, length  # a file system that knows no holes
                 yield index, begin, end
 
 
@@ -271,4 +272,5 @@ def drop_cached(files: Files, stretch: Stretch) -> None:
     """Ask the page cache to forget a stretch; pages not yet written to the disk stay."""
     with files[stretch.file][0].open("rb", buffering=0) as file:
         size = stretch.end - stretch.begin
-        os.posix_fadvise(file.fileno(), stretch.begin, size, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(file.fileno(), stretch.begin, size, os.POSIX_FADV_DONTNEED)
