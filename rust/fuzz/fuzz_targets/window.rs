@@ -8,10 +8,12 @@
 #![no_main]
 
 use std::fmt::Debug;
+use std::sync::Once;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use pkt_core::selection::{self, Matrix};
+use rayon::ThreadPoolBuilder;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -45,7 +47,17 @@ impl Count {
     }
 }
 
+/// Two threads, of which the fuzzer's is one: it need not wait for another to begin.
+fn start_threads() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        let pool = ThreadPoolBuilder::new().num_threads(2).use_current_thread();
+        pool.build_global().expect("no pool was built before");
+    });
+}
+
 fuzz_target!(|input: Input| {
+    start_threads();
     let columns = usize::from(input.columns % 16);
     let (mut scores, small): (Vec<f32>, _) = match &input.scores {
         Scores::Small(scores) => (scores.iter().map(|&score| (score % 4).into()).collect(), true),
