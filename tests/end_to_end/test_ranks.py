@@ -304,8 +304,8 @@ def test_a_host_shares_its_memory_among_its_processes(case: Case) -> None:
 
 
 def torchrun(*words: object) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2,
-               "--master-port", 0, "-m", "pkt", *words]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", 2, "-m", "pkt", *words]  # fmt: skip
     return [str(word) for word in command]
 
 

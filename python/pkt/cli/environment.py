@@ -54,7 +54,7 @@ def launcher() -> list[str] | None:
         return ["pkt"]
     if processes_here() < processes()[1]:
         return None
-    return ["torchrun", "--nproc-per-node", str(processes_here()), "-m", "pkt"]
+    return ["torchrun", "--standalone", "--nproc-per-node", str(processes_here()), "-m", "pkt"]
 
 
 def stay_offline() -> None:
