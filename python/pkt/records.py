@@ -209,12 +209,13 @@ class Plan:
         if self.room is None:
             return ()
         room, kept = self.room, self.record_bytes + self.adapter_bytes
-        place = room.spool_dir or room.output_dir
+        work = f"{room.output_dir}/.work"
+        place = room.spool_dir or work
         if room.shared:
             return (DiskNeed(place, self.spool_bytes + kept, room.spool_free),)
         return (
             DiskNeed(place, self.spool_bytes, room.spool_free),
-            DiskNeed(room.output_dir, kept, room.output_free),
+            DiskNeed(work, kept, room.output_free),
         )
 
 

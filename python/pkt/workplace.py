@@ -120,7 +120,10 @@ def _owned(folder: Path, work: Path) -> bool:
 
 def _write(path: Path, value: dict[str, str]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(path)
 
 

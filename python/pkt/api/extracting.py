@@ -13,6 +13,7 @@ from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
 from pkt.projections import Pair, match
 from pkt.records import Extraction, Inspection, IoMode, LayerRule, Plan, Select, Split, Template
+from pkt.workplace import room
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -32,6 +33,8 @@ def inspect(
     seeds: int = 32,
     tokens: int = 2048,
     select: Select = "window",
+    spool_dir: str | Path | None = None,
+    spool_every: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Inspection:
     """Families, shapes, what fits what, and the plan of a run, from headers alone.
@@ -50,6 +53,9 @@ def inspect(
         seeds: number of seeds assumed.
         tokens: length of a seed assumed.
         select: strategy; each has its own needs of disk, and ``consistent`` of shapes.
+        spool_dir: where the spool would lie; ``None``: below an output folder on the disk of the
+            current one.
+        spool_every: every k-th layer's inputs are kept there; ``None``: the smallest k that fits.
         aliases: table of aliases; ``None`` for the built-in one.
 
     Raises:
@@ -72,6 +78,7 @@ def inspect(
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
         longest=tokens, budget=budget(max_ram), embeddings=embeddings,
+        every=checked_every(spool_every), room=room(Path("OUT"), _path(spool_dir)),
         **_records(select),
     )  # fmt: skip
     notes = [f"{seeds} seeds of {tokens} tokens assumed"]
@@ -107,9 +114,14 @@ def prepare(
     max_ram: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
+    spool_dir: str | Path | None = None,
+    spool_every: int | None = None,
+    output_dir: str | Path = "OUT",
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
+
+    ``output_dir`` is that of `execute`: the plan asks its disk for room.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -152,6 +164,7 @@ def prepare(
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
         budget=budget(max_ram), embeddings=embeddings,
+        every=checked_every(spool_every), room=room(Path(output_dir), _path(spool_dir)),
         **_records(select),
     )  # fmt: skip
     config = Config(
@@ -196,7 +209,7 @@ def extract(
 
     """
     return execute(
-        prepare(teacher, student, seeds, **options), Path(output_dir),
+        prepare(teacher, student, seeds, output_dir=output_dir, **options), Path(output_dir),
         io=io, device=device, overwrite=overwrite, notify=notify,
     )  # fmt: skip
 
@@ -228,7 +241,7 @@ def execute(
 
 
 def require_fit(plan: Plan) -> None:
-    """Raise `BudgetError` with the smallest setting unless the plan fits."""
+    """Raise `BudgetError` with the smallest setting unless the plan fits memory and disks."""
     from pkt.config import MIB, format_bytes
 
     if not plan.fits:
@@ -237,6 +250,39 @@ def require_fit(plan: Plan) -> None:
             f"allows {format_bytes(plan.budget_bytes)}",
             f"the smallest setting that fits is --max-ram {plan.smallest_bytes // MIB}MiB",
         )
+    for disk in plan.disks:
+        if disk.bytes > disk.free_bytes:
+            raise BudgetError(
+                f"{disk.folder}: this run writes {format_bytes(disk.bytes)} there (--spool-every "
+                f"{plan.spool_every}), and its disk has {format_bytes(disk.free_bytes)} free",
+                _more_room(plan),
+            )
+
+
+def _more_room(plan: Plan) -> str:
+    """What makes a spool fit that does not."""
+    from pkt.config import format_bytes
+
+    every, least = plan.least_spool
+    assert plan.room is not None
+    others = plan.disks[0].bytes - plan.spool_bytes  # on the disk of the spool
+    if least + others <= plan.room.spool_free and plan.spool_bytes > least:
+        return f"--spool-every {every} needs {format_bytes(least + others)}"
+    return (
+        f"the least is {format_bytes(least + others)}, with --spool-every {every}: make room, name "
+        "another disk with --spool-dir, or take fewer or shorter seeds (--limit, --max-tokens)"
+    )
+
+
+def checked_every(every: int | None) -> int | None:
+    """``spool_every`` as given; raises `UsageError` unless it is 1 or more."""
+    if every is not None and every < 1:
+        raise UsageError(f"--spool-every {every}: expected auto, or 1 or more")
+    return every
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def check_device(device: str) -> None:

@@ -24,6 +24,7 @@ from pkt.host import memory_limit
 from pkt.models import resolve
 from pkt.output import WORK, finished
 from pkt.records import Extraction, IoMode
+from pkt.workplace import spooled
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -127,13 +128,15 @@ def reading_mode(task: Task, wanted: IoMode) -> tuple[IoMode, str]:
 
 def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:
     """What an interrupted run leaves (by the sweep's file names), and how it is continued."""
-    spool, depth = folder / WORK / "spool", task.teacher.layers
-    backward = len(list(spool.glob("layer-*.json")))
+    work, depth = folder / WORK, task.teacher.layers
+    spool = spooled(work)
+    backward = len(list((work / "spool").glob("layer-*.json")))
     inputs = [int(path.name[6:11]) for path in spool.glob("input-*.sum.json")]
     forward = depth if backward else max(inputs, default=0)
+    outside = "" if spool.is_relative_to(work) else f" and {spool}"
     return InterruptError(
         number,
         f"interrupted; {forward} of {depth} forward layers and {backward} of {depth} backward "
-        f"layers are finished and kept in {folder / WORK}",
+        f"layers are finished and kept in {work}{outside}",
         f"continue with: {shlex.join(['pkt', *session.arguments])}",
     )

@@ -35,6 +35,7 @@ from pkt.sweep.placement import Placement
 from pkt.sweep.skeleton import Skeleton
 from pkt.sweep.spool import DamagedError, Spool
 
+MOST_REMADE = 3  # times that one process makes a damaged file again
 GATHER_TOKENS = 1024  # embedding rows copied at once
 
 Weights = Mapping[str, torch.Tensor]
@@ -91,7 +92,7 @@ class Sweep:
     def __post_init__(self) -> None:
         """Read the small parameters outside the layers: every phase needs them."""
         self._records: list[dict[str, Any]] = []
-        self._remade: set[str] = set()  # files that this process has found damaged
+        self._remade: Counter[str] = Counter()  # files that this process has found damaged
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
         self.calls = Calls(
@@ -135,12 +136,12 @@ class Sweep:
         try:
             work()
         except DamagedError as damage:
-            if damage.name in self._remade:
+            if self._remade[damage.name] == MOST_REMADE:
                 raise OutputError(
-                    f"{damage.message}, though it was made again",
+                    f"{damage.message}, though it was made again {MOST_REMADE} times",
                     "the disk is unreliable: continue on another with --spool-dir",
                 ) from damage
-            self._remade.add(damage.name)
+            self._remade[damage.name] += 1
             self.spool.drop(damage.name)
             return False
         return True

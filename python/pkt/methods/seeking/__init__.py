@@ -32,6 +32,7 @@ from pkt.report import write_report
 from pkt.selection import pick_layers
 from pkt.stream import CheckpointSource
 from pkt.sweep import build_skeleton
+from pkt.workplace import spool_folder
 
 __all__ = ["Config", "Task", "run"]
 
@@ -73,11 +74,13 @@ def run(
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
             student = build_skeleton(task.student.folder, torch.float32)
             require_linear(task, skeleton, student)
+        wanted = task.plan.room.spool_dir if task.plan.room else None
+        tensors = spool_folder(work, Path(wanted) if wanted else None)
         source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
         try:
             # 1. Sensitivity of every teacher parameter, summed over the seeds; the most
             #    sensitive sub-matrix of every weight, while its scores are in memory.
-            scores = score(task, skeleton, source, work, notify, costs.seconds)
+            scores = score(task, skeleton, source, work, tensors, notify, costs.seconds)
             # 2. The teacher layers that feed the student's, in order.
             layers = pick_layers(scores.layers, task.student.layers, config.layers, config.seed)
             # 3. The chosen sub-matrices, read again; 4. their leading factors.

@@ -56,6 +56,7 @@ def run_record(
         "notices": source.notices,
         "slots": task.plan.slots,
         "scores": task.plan.scores,
+        "spool_every": task.plan.spool_every,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "host": describe(),

@@ -84,6 +84,7 @@ def score(
     skeleton: Skeleton,
     source: CheckpointSource,
     work: Path,
+    tensors: Path,
     notify: Notify,
     seconds: dict[str, float],
 ) -> Scores:
@@ -95,6 +96,7 @@ def score(
         [len(seed.tokens) for seed in task.seeds.samples],
         task.teacher.hidden_size,
         DTYPES[config.dtype],
+        tensors,
     )
     cuts = [
         Cut(
@@ -133,6 +135,7 @@ def score(
         device=source.device,
         whole_layer=whole,
         chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
+        every=task.plan.spool_every,
         keep_last=config.embeddings,
         notify=notify,
         seconds=seconds,
@@ -142,6 +145,7 @@ def score(
     del observer, memory  # the scores' memory makes room for the head
     source.close()
     ends = sweep.ends(accumulate_columns) if config.embeddings else {}
+    source.close()  # it was opened again where a file had been lost
     return Scores(losses, records, ends)
 
 
