@@ -50,6 +50,21 @@ check-python: $(VENV)/.core
 	$(BIN)/python -m mypy.stubtest pkt._core
 	$(BIN)/lint-imports --no-logo
 
+# Needs a nightly with Miri (rustup toolchain install nightly --component miri). What has unsafe code,
+# less the calls that Miri does not know: files mapped, read past the cache, or advised about.
+# Trees instead of stacks of borrows, and integers as pointers, for rayon's queues; its pool is
+# never ended, which is no leak.
+MIRI := -Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance \
+	-Zmiri-ignore-leaks
+MIRI_TESTS := reader:: stream:: writer::tests::a_file sensitivity::tests::opposite \
+	sensitivity::tests::overflow sensitivity::tests::empty selection::window::tests::ties \
+	selection::window::tests::windows
+
+.PHONY: miri
+miri: ## undefined behaviour in the core's unsafe code; minutes
+	MIRIFLAGS="$(MIRI)" RUSTFLAGS="-C target-feature=+avx2" \
+		cargo +nightly miri test --package pkt-core --lib -- $(MIRI_TESTS)
+
 .PHONY: format
 format: $(VENV)/.core ## write the formatting that `check` asks for
 	cargo fmt --all
@@ -57,7 +72,8 @@ format: $(VENV)/.core ## write the formatting that `check` asks for
 	$(BIN)/ruff format .
 
 # Each benches/python/bench_NAME.py is a target bench-NAME; BENCH_ARGS are its arguments. They make
-# their own models, up to 6 GB in $TMPDIR, and bench-reader drops the page cache: run it as root.
+# their own models, up to 6 GB in $TMPDIR; bench-reader and bench-forecast drop the page cache: run
+# them as root.
 BENCHES := $(patsubst benches/python/bench_%.py,bench-%,$(sort $(wildcard benches/python/bench_*.py)))
 
 .PHONY: bench bench-rust $(BENCHES)

@@ -15,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pkt
+from pkt.api import execute, prepare
 from pkt.errors import PktError
 
 RUN_RECORD = "pkt_run.json"  # the one file of OUT that may differ between two equal runs
@@ -137,12 +139,21 @@ def _serve() -> None:
         print(json.dumps([os.waitstatus_to_exitcode(status), text]), flush=True)
 
 
+def _made(call: str, paths: Sequence[str], options: dict[str, Any]) -> Any:
+    """What `pkt.extract` or `pkt.train` returns; ``plan`` replaces fields of the plan."""
+    plan = options.pop("plan", None)
+    if plan is None:
+        return getattr(pkt, call)(*paths, **options)
+    task = prepare(*paths[:-1], **options)
+    return execute(replace(task, plan=replace(task.plan, **plan)), Path(paths[-1]))
+
+
 def _obey(order: Mapping[str, Any]) -> tuple[int, str]:
     os.environ.update(order["env"])
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     try:
         with pictureless():
-            made = getattr(pkt, order["call"])(*order["paths"], **order["options"])
+            made = _made(order["call"], order["paths"], dict(order["options"]))
         return 0, json.dumps(dict(made.run))
     except PktError as error:
         return error.exit_code, str(error)

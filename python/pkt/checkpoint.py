@@ -22,7 +22,9 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2":
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
-_LAYER = re.compile(r"^(?P<path>.*?)\.?(?P<index>\d+)\.(?P<suffix>.+)$")
+# The first number that is followed by a dot and something else. Names come from files: each run of
+# digits is looked at once, and one that no layer can have is none.
+_LAYER = re.compile(r"(?<![0-9])(?P<index>[0-9]{1,9})\.(?=.)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +117,19 @@ def open_checkpoint(folder: Path, layer_count: int) -> Checkpoint:
     ]
     numbered: dict[str, dict[int, dict[str, Piece]]] = {}
     for piece in pieces:
-        if match := _LAYER.match(piece.name):
-            by_index = numbered.setdefault(match["path"], {})
-            by_index.setdefault(int(match["index"]), {})[match["suffix"]] = piece
+        if match := _LAYER.search(piece.name):
+            path = piece.name[: match.start()].removesuffix(".")
+            by_index = numbered.setdefault(path, {})
+            by_index.setdefault(int(match["index"]), {})[piece.name[match.end() :]] = piece
     fitting = [path for path, found in numbered.items() if len(found) == layer_count]
     # Something else may be numbered alike; the decoder layers are what weighs most.
     fitting.sort(
         key=lambda path: -sum(p.bytes for d in numbered[path].values() for p in d.values())
     )
     if not fitting:
-        found = ", ".join(f"{path}.* × {len(rows)}" for path, rows in numbered.items()) or "none"
+        runs = [f"{path[:100]}.* × {len(rows)}" for path, rows in numbered.items()]
+        more = f" and {len(runs) - 5} more" if len(runs) > 5 else ""
+        found = ", ".join(runs[:5]) + more or "none"
         raise IncompatibleError(
             f"{folder}: expected one run of {layer_count} decoder layers, found {found}",
             "pkt reads decoder-only models whose layers are numbered in one list",

@@ -9,15 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pkt.checkpoint import EMBEDDINGS, HEADS, Checkpoint, Piece, first_of, open_checkpoint
+from pkt.checkpoint import (
+    EMBEDDINGS,
+    FLOAT_DTYPES,
+    HEADS,
+    Checkpoint,
+    Piece,
+    first_of,
+    open_checkpoint,
+)
 from pkt.errors import CheckpointError, IncompatibleError, UsageError
+from pkt.jsonfile import read_object, require_regular, shown
 
 _ENCODERS = {"bert", "roberta", "t5", "electra"}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+#: What pkt computes with, where it is given.
+_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions",
+)  # fmt: skip
+_LARGEST_COUNT = 10**12
+_TOKENIZER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +139,20 @@ def open_model(name: str, aliases: Mapping[str, str], role: str = "model") -> Mo
     folder = Path(source) if Path(source).is_dir() else _from_hub(source, name, role)
     config_path = folder / "config.json"
     try:
-        raw = config_path.read_bytes()
-        config = json.loads(raw)
+        config = read_object(config_path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder}: expected a model folder, found no config.json",
             "give the folder that save_pretrained() wrote or the hub downloaded",
         ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path}: expected a JSON object")
+    _check_kinds(config, config_path)
     if isinstance(config.get("text_config"), dict):
         raise IncompatibleError(
             f"{role} {folder}: '{config.get('model_type')}' holds more than a text decoder",
             "save its language model alone, for example with AutoModelForCausalLM",
         )
     refuse_unsupported(config, folder, role)
+    _check_counts(config, config_path, _COUNTS, least=1)
     layers = _get(config, "num_hidden_layers", "n_layer", "n_layers")
     if not isinstance(layers, int) or layers < 1:
         raise CheckpointError(f"{config_path}: num_hidden_layers: expected ≥ 1, found {layers!r}")
@@ -153,7 +167,17 @@ def open_model(name: str, aliases: Mapping[str, str], role: str = "model") -> Mo
         )
     digest = hashlib.sha256(_canonical(config)).hexdigest()
     model = Model(name, source, folder, config, digest, checkpoint)
-    _ = model.embedding  # refused here rather than later
+    for end in (model.embedding, model.head):  # refused here rather than later
+        if end and not _is_matrix(end):
+            raise CheckpointError(
+                f"tensor '{end.name}' in {checkpoint.shard_name(end)}: expected a matrix of "
+                f"floating-point numbers, found {end.dtype} {list(end.shape)}"
+            )
+    if not any(map(_is_matrix, checkpoint.layers[0].values())):
+        raise IncompatibleError(
+            f"{role} {folder}: its layers hold no linear weight of floating-point numbers",
+            "pkt works on …ForCausalLM models in plain weights",
+        )
     return model
 
 
@@ -178,18 +202,17 @@ def refuse_unsupported(config: Mapping[str, Any], folder: Path, role: str) -> No
             f"{role} {folder}: its weights are quantized ({method}); expected plain weights",
             "use the unquantized checkpoint: gradients of packed integers do not exist",
         )
-    expert_keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    if any((config.get(key) or 0) > 1 for key in expert_keys):
+    if any((config.get(key) or 0) > 1 for key in _EXPERTS):
         raise _mixture(config, folder, role)
 
 
 def vocabulary(model: Model) -> Mapping[str, int] | None:
     """Token → id as tokenizer.json says; ``None`` if there is none. Nothing is loaded for it."""
     try:
-        loaded = json.loads((model.folder / "tokenizer.json").read_bytes())
+        loaded = read_object(model.folder / "tokenizer.json", _TOKENIZER_BYTES)
         listed = loaded["model"]["vocab"]
         added = {token["content"]: token["id"] for token in loaded.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, CheckpointError, KeyError, TypeError):
         return None
     if isinstance(listed, list):  # unigram: pairs of piece and score
         listed = {piece[0]: index for index, piece in enumerate(listed)}
@@ -205,6 +228,9 @@ def load_tokenizer(model: Model) -> Any:
     """
     from transformers import AutoTokenizer
 
+    for path in sorted(model.folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
+            require_regular(path)
     try:
         return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
     except Exception as error:
@@ -241,6 +267,30 @@ def _mixture(config: Mapping[str, Any], folder: Path, role: str) -> Incompatible
         "expected a dense model",
         "experts are not seen by every seed: pkt refuses them until their scores mean something",
     )
+
+
+def _check_kinds(config: Mapping[str, Any], path: Path) -> None:
+    """What decides whether a model is supported is of the kind that the decision expects."""
+    for key, kind, words in (("model_type", str, "a text"), ("architectures", list, "a list")):
+        if not isinstance(config.get(key), kind | None):
+            raise CheckpointError(f"{path}: {key}: expected {words}, found {shown(config[key])}")
+    _check_counts(config, path, _EXPERTS, least=0)
+
+
+def _check_counts(
+    config: Mapping[str, Any], path: Path, keys: Sequence[str], *, least: int
+) -> None:
+    for key in keys:
+        value = config.get(key)
+        if value is not None and not (type(value) is int and least <= value <= _LARGEST_COUNT):
+            raise CheckpointError(
+                f"{path}: {key}: expected a whole number from {least} to {_LARGEST_COUNT}, "
+                f"found {shown(value)}"
+            )
+
+
+def _is_matrix(piece: Piece) -> bool:
+    return len(piece.shape) == 2 and piece.elements > 0 and piece.dtype in FLOAT_DTYPES
 
 
 def _get(config: Mapping[str, Any], *keys: str) -> Any:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import IncompatibleError, OutputError
-from pkt.workplace import WORK, drop_spool
+from pkt.workplace import WORK, drop_tensors
 
 MANIFEST = "pkt_manifest.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report")
 TUNED = (*ADAPTER, "metrics.jsonl")
+_OF_WORK = ("device", "processes")  # what unfinished work depends on, and a result need not name
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
     *TUNED, "results.json", "results.md", "details", "pkt_run.json",
@@ -39,7 +40,7 @@ def finished(
         return None
     manifest = _manifest_of(folder, identity)
     if manifest is not None and (folder / WORK).is_dir():  # killed while it was cleaning up:
-        drop_spool(folder / WORK)  # the manifest is written last
+        drop_tensors(folder / WORK)  # the manifest is written last
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return manifest
 
@@ -51,7 +52,9 @@ def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     wanted = json.loads(json.dumps(identity))
     same = isinstance(manifest, dict) and all(
-        manifest.get(key) == value for key, value in wanted.items() if key != "device"
+        manifest.get(key) == value
+        for key, value in wanted.items()
+        if key in manifest or key not in _OF_WORK
     )
     return manifest if same else None
 
@@ -89,11 +92,11 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
             )
     try:
         work.mkdir(exist_ok=True)
-        with _locked(work):
+        with locked(work):
             _claim(folder, work, identity, overwrite)
             yield work
     except IncompatibleError:  # a family that cannot be swept: nothing here is worth keeping
-        drop_spool(work)
+        drop_tensors(work)
         shutil.rmtree(work, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -127,7 +130,7 @@ def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(folder / name)
-    drop_spool(folder / WORK)
+    drop_tensors(folder / WORK)
     shutil.rmtree(folder / WORK)
 
 
@@ -142,12 +145,12 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
         held = {}
     if held is not None and held != wanted:
         if not overwrite:
-            changed = ", ".join(_differences(held, wanted)) or "its state is damaged"
+            changed = ", ".join(differences(held, wanted)) or "its state is damaged"
             raise OutputError(
                 f"{folder}: an unfinished run with other inputs is there; changed: {changed}",
                 "repeat its command to continue it, choose another -o, or add --overwrite",
             )
-        drop_spool(work)
+        drop_tensors(work)
         for path in work.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -173,18 +176,22 @@ def _written(folder: Path) -> list[str]:
     return [MANIFEST, *(name for name in (*_OURS, *listed) if name not in (MANIFEST, ".", ".."))]
 
 
-def _differences(held: Any, wanted: Any, path: str = "") -> list[str]:
+def differences(held: Any, wanted: Any, path: str = "") -> list[str]:
+    """Dotted names of the fields in which two JSON values differ."""
     if not isinstance(held, dict) or not isinstance(wanted, dict):
         return [] if held == wanted else [path.removeprefix(".") or "everything"]
     found = []
     for key in sorted({*held, *wanted}):
-        found += _differences(held.get(key), wanted.get(key), f"{path}.{key}")
+        found += differences(held.get(key), wanted.get(key), f"{path}.{key}")
     return found
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """An flock: the kernel drops it with the process, so no stale lock can remain."""
+def locked(work: Path) -> Iterator[None]:
+    """Hold ``work`` against other processes.
+
+    By an flock: the kernel drops it with the process, so no stale lock can remain.
+    """
     with (work / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,6 +206,11 @@ def _locked(work: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()}")
         file.flush()
         yield
+
+
+def spool_folder(work: Path, process: int, processes: int) -> Path:
+    """Where one of the processes of a run keeps what its sweep leaves."""
+    return work / "spool" / f"rank-{process}" if processes > 1 else work / "spool"
 
 
 def as_json(value: Any) -> str:

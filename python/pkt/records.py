@@ -7,7 +7,7 @@ its unit and its index base stand here, once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,11 +187,11 @@ class Plan:
     scores: Literal["layer", "matrix"]  #: resident for a whole layer, or one matrix at a time
     read_bytes: int  #: from the teacher, both passes and the windows
     spool_bytes: int  #: largest size of the spool: hidden states and gradients, X and dY
-    record_bytes: int  #: what finished layers leave in OUT/.work, wherever the spool lies
-    spool_every: int  #: every k-th layer's inputs are kept on the disk
-    recomputed_layers: int  #: run forward once more, as their inputs were not kept
-    flop: int  #: multiplications and additions of the sweep, attention not counted
     adapter_bytes: int
+    record_bytes: int = 0  #: what finished layers leave in OUT/.work, wherever the spool lies
+    spool_every: int = 1  #: every k-th layer's inputs are kept on the disk
+    recomputed_layers: int = 0  #: run forward once more, as their inputs were not kept
+    flop: int = 0  #: multiplications and additions of the sweep, attention not counted
     room: Room | None = None  #: None: not asked for
     least_spool: tuple[int, int] = (1, 0)  #: the k whose spool is the smallest, and its bytes
 
@@ -217,6 +217,15 @@ class Plan:
             DiskNeed(place, self.spool_bytes, room.spool_free),
             DiskNeed(work, kept, room.output_free),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a teacher's files are read, why so, and what was measured for it."""
+
+    mode: IoMode
+    reason: str
+    rates: Mapping[str, float] = field(default_factory=dict)  #: GB/s by mode, where measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,8 @@ class LayerScores:
         memory: float32 arena for the scores of a layer, or of one matrix at a time.
         on_matrix: called with layer, module and its finished scores, before they are dropped.
         on_layer: makes the layer's record from its index and its score.
+        combine: adds to scores, in place, those that other processes have of the same tensor; all
+            call it for the same tensors in the same order.
 
     """
 
@@ -81,8 +83,10 @@ class LayerScores:
         memory: torch.Tensor,
         on_matrix: Callable[[int, str, NDArray[np.float32]], None],
         on_layer: Callable[[int, float], dict[str, Any]],
+        combine: Callable[[torch.Tensor], None] = lambda scores: None,
     ) -> None:
         self._memory, self._on_matrix, self._on_layer = memory, on_matrix, on_layer
+        self._combine = combine
         self._block = torch.empty(0)
         self._used = 0
         self._scores: dict[str, torch.Tensor] = {}
@@ -122,6 +126,7 @@ class LayerScores:
         scores = self._scores.pop(module, None)
         if scores is None:
             scores = self._take(weight)
+        self._combine(scores)
         self._totals[module] = score_sum(scores)
         self._on_matrix(layer, module, scores.cpu().numpy())
         if not self._scores:
@@ -129,7 +134,9 @@ class LayerScores:
 
     def finish_layer(self, layer: int) -> dict[str, Any]:
         """The layer's record; its score is the sum over every parameter, norms included."""
-        self._totals |= {name: score_sum(scores) for name, scores in self._small.items()}
+        for name in sorted(self._small):
+            self._combine(self._small[name])
+            self._totals[name] = score_sum(self._small[name])
         total = sum(self._totals[name] for name in sorted(self._totals))
         self._small.clear()
         self._totals.clear()

@@ -18,10 +18,10 @@ import torch
 
 from pkt import _core
 from pkt.checkpoint import Checkpoint, Piece
+from pkt.config import READ_THREADS
 from pkt.schedule import turns
 
 PAGE = 4096  # O_DIRECT wants memory and file offsets that agree modulo this
-READ_THREADS = 8
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,13 +50,6 @@ def arena(size: int, pinned: bool = False) -> torch.Tensor:
     """``size`` bytes whose first byte lies on a page boundary, dtype uint8."""
     memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
     return memory[-memory.data_ptr() % PAGE :][:size]
-
-
-def choose_io(checkpoint: Checkpoint, memory_bytes: int) -> tuple[str, str]:
-    """The reading mode of ``--io auto``, and why."""
-    if checkpoint.bytes <= memory_bytes // 2:
-        return "buffered", "the checkpoint fits in the page cache, which serves the second pass"
-    return "direct", "the checkpoint is larger than the page cache can be: caching it costs time"
 
 
 class CheckpointSource:

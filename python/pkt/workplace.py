@@ -1,8 +1,8 @@
 """Where the work of a run lies: in ``OUT/.work``, its large files perhaps on another disk.
 
-With ``--spool-dir DIR`` they lie in a folder of the run's own in DIR, whose name is drawn at random
-and noted in ``OUT/.work``, so that runs which share DIR never meet. What both hold belongs to the
-same run or is made again: a DIR that was emptied costs time, never correctness.
+With ``--spool-dir DIR`` the tensor files of a spool lie in a folder of its own in DIR, whose name
+is drawn at random and noted in the spool, so that runs which share DIR never meet. What both hold
+belongs to the same run or is made again: a DIR that was emptied costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -12,46 +12,45 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from pkt.errors import OutputError
 from pkt.records import Room
 
 WORK = ".work"
-_NOTE = "spool.json"  # in OUT/.work: the folder in DIR
-_OWNER = "owner.json"  # in that folder: OUT
+_NOTE = "elsewhere.json"  # in the spool: the folder in DIR
+_OWNER = "owner.json"  # in that folder: the spool
 
 
-def spool_folder(work: Path, spool_dir: Path | None) -> Path:
-    """The folder of a run's large files, which exists afterwards.
+def tensor_folder(spool: Path, spool_dir: Path | None) -> Path:
+    """The folder of a spool's tensor files, which exists afterwards.
 
-    One that the run had elsewhere is removed: its files are made again.
+    One that the spool had elsewhere is removed: its files are made again.
 
     Args:
-        work: ``OUT/.work``, locked by this process.
-        spool_dir: DIR, made if need be; ``None``: they lie in ``OUT/.work``.
+        spool: the folder of one process in ``OUT/.work``, which exists and is locked.
+        spool_dir: DIR, made if need be; ``None``: they lie in the spool itself.
 
     Raises:
         OutputError: DIR cannot be used.
 
     """
-    inside, noted = work / "spool", _noted(work)
+    noted = _noted(spool)
     parent = None if spool_dir is None else spool_dir.resolve()
-    if noted and (noted.parent != parent or not _owned(noted, work)):
-        drop_spool(work)
+    if noted and (noted.parent != parent or not _owned(noted, spool)):
+        drop_tensors(spool)
         noted = None
     if parent is None:
-        folder = inside
-    else:
-        if not noted:
-            for path in (*inside.glob("*.bin"), *inside.glob("*.sum.json")):
-                path.unlink()
-        folder = noted or parent / f"pkt-{secrets.token_hex(8)}"
-        _write(work / _NOTE, {"folder": str(folder)})
+        return spool
+    if not noted:
+        for path in (*spool.glob("*.bin"), *spool.glob("*.sum.json")):
+            path.unlink()
+    folder = noted or parent / f"pkt-{secrets.token_hex(8)}"
+    _write(spool / _NOTE, {"folder": str(folder)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if parent is not None:
-            _write(folder / _OWNER, {"output_dir": str(work.parent.resolve())})
+        _write(folder / _OWNER, {"spool": str(spool.resolve())})
     except OSError as error:
         raise OutputError(
             f"--spool-dir {spool_dir}: cannot be used: {error.strerror or error}",
@@ -60,17 +59,17 @@ def spool_folder(work: Path, spool_dir: Path | None) -> Path:
     return folder
 
 
-def spooled(work: Path) -> Path:
-    """The folder of the large files of a run as it stands; it need not exist."""
-    return _noted(work) or work / "spool"
+def tensors_of(spool: Path) -> Path:
+    """The folder of a spool's tensor files as it stands; it need not exist."""
+    return _noted(spool) or spool
 
 
-def drop_spool(work: Path) -> None:
-    """Remove what a run has outside of ``OUT/.work``."""
-    noted = _noted(work)
-    if noted and _owned(noted, work):
-        shutil.rmtree(noted, ignore_errors=True)
-    (work / _NOTE).unlink(missing_ok=True)
+def drop_tensors(folder: Path) -> None:
+    """Remove what the spools in ``folder`` have outside of it."""
+    for spool, noted in _elsewhere(folder):
+        if _owned(noted, spool):
+            shutil.rmtree(noted, ignore_errors=True)
+        (spool / _NOTE).unlink(missing_ok=True)
 
 
 def room(output_dir: Path, spool_dir: Path | None) -> Room:
@@ -79,10 +78,8 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
     What an unfinished run holds there already counts as free: its files are used again.
     """
     work = output_dir / WORK
-    noted = _noted(work)
     held = {work: _size(work)}
-    if noted and _owned(noted, work):
-        held[noted] = _size(noted)
+    held |= {noted: _size(noted) for spool, noted in _elsewhere(work) if _owned(noted, spool)}
     given = output_dir if spool_dir is None else spool_dir
 
     def free(place: Path) -> int:
@@ -99,23 +96,30 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
     )
 
 
-def _noted(work: Path) -> Path | None:
-    """The folder that the run has outside, if its note is sound."""
+def _elsewhere(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """The spools in ``folder`` that have tensor files elsewhere, and where."""
+    for note in sorted(folder.rglob(_NOTE)):
+        if noted := _noted(note.parent):
+            yield note.parent, noted
+
+
+def _noted(spool: Path) -> Path | None:
+    """The folder that a spool has elsewhere, if its note is sound."""
     try:
-        folder = Path(json.loads((work / _NOTE).read_text(encoding="utf-8"))["folder"])
+        folder = Path(json.loads((spool / _NOTE).read_text(encoding="utf-8"))["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     named = folder.is_absolute() and re.fullmatch(r"pkt-[0-9a-f]{16}", folder.name)
     return folder if named else None
 
 
-def _owned(folder: Path, work: Path) -> bool:
-    """Whether it is this run's and not that of a run whose OUT has been copied to here."""
+def _owned(folder: Path, spool: Path) -> bool:
+    """Whether it is this spool's and not that of one which was copied to here."""
     try:
-        owner = json.loads((folder / _OWNER).read_text(encoding="utf-8"))["output_dir"]
+        owner = json.loads((folder / _OWNER).read_text(encoding="utf-8"))["spool"]
     except (OSError, ValueError, KeyError, TypeError):
         return not folder.exists() or not any(folder.iterdir())
-    return bool(owner == str(work.parent.resolve()))
+    return bool(owner == str(spool.resolve()))
 
 
 def _write(path: Path, value: dict[str, str]) -> None:

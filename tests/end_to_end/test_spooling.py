@@ -164,8 +164,9 @@ def test_a_spool_elsewhere_is_used_and_removed(case: Case, tmp_path: Path) -> No
     large = {path.name for path in only_one(scratch).glob("*.bin")}
     assert large == {"upstream-00005.bin", *(f"input-0000{i}.bin" for i in (0, 1, 2, 3, 4, 5, 7))}
     inside = {path.name for path in (out / ".work" / "spool").iterdir()}
-    assert inside == {"losses.json", "layer-00005.json", "layer-00006.json"}
-    assert json.loads((only_one(scratch) / "owner.json").read_text()) == {"output_dir": str(out)}
+    assert inside == {"elsewhere.json", "losses.json", "layer-00005.json", "layer-00006.json"}
+    owner = json.loads((only_one(scratch) / "owner.json").read_text())
+    assert owner == {"spool": str(out / ".work" / "spool")}
     seen = case.finish(out, spool_dir=scratch)
     assert seen[0] == ("backward", 3)
     assert list(scratch.iterdir()) == []
@@ -263,9 +264,9 @@ def test_a_damaged_note_removes_nothing_of_others(note: str, case: Case, tmp_pat
     out, scratch, other = tmp_path / "out", tmp_path / "scratch", tmp_path / "pkt-0123456789abcdef"
     case.stop(out, ("backward", 2), spool_dir=scratch)
     other.mkdir()
-    (other / "owner.json").write_text('{"output_dir": "/another"}')
+    (other / "owner.json").write_text('{"spool": "/another"}')
     text = json.dumps({"folder": str(other)}) if note == "elsewhere" else note
-    (out / ".work" / "spool.json").write_text(text)
+    (out / ".work" / "spool" / "elsewhere.json").write_text(text)
     case.finish(out, spool_dir=scratch)
     assert (other / "owner.json").is_file()
 

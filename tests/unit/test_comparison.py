@@ -143,5 +143,9 @@ def test_variations_change_what_they_say():
     assert [arm.extract for arm in ranks] == [None, None]
     with pytest.raises(UsageError, match="extracts nothing"):
         varied(ARMS["lora"], "split", None)
+    with pytest.raises(UsageError, match="begins at zero"):
+        varied(ARMS["lora"], "scale", None)
+    (halved,) = varied(ARMS["gaussian"], "scale", ["0.50"])
+    assert halved.train == {"init": "gaussian", "start": "scaled:0.5"}
     with pytest.raises(UsageError, match="--vary rank"):
         varied(ARMS["lora"], "rank", ["many"])

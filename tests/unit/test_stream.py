@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from pkt.checkpoint import Checkpoint, open_checkpoint
 from pkt.errors import CheckpointError
-from pkt.stream import PAGE, TORCH_DTYPES, CheckpointSource, arena, choose_io, turns
+from pkt.stream import PAGE, TORCH_DTYPES, CheckpointSource, arena, turns
 
 CPU = torch.device("cpu")
 MODES = ["mmap", "buffered", "direct"]
@@ -170,11 +170,3 @@ def test_a_shard_that_shrank_after_it_was_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         list(source.jobs(jobs))
     source.close()
-
-
-def test_auto_reads_what_fits_through_the_cache(folder: Path) -> None:
-    checkpoint = open_checkpoint(folder, 4)
-    assert choose_io(checkpoint, 1 << 40)[0] == "buffered"
-    mode, why = choose_io(checkpoint, checkpoint.bytes)
-    assert mode == "direct"
-    assert "larger than the page cache" in why

@@ -33,7 +33,7 @@ def adapter_config(
     from peft import LoraConfig
 
     smaller = {n: f.a.shape[0] for n, f in factors.items() if f.a.shape[0] != rank}
-    names = {name.rsplit(".", 1)[-1] for name in factors} if every_layer else set(factors)
+    names = {_leaf(name) for name in factors} if every_layer else set(factors)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -77,6 +77,38 @@ def write_adapter(
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     whole = save(ordered, metadata={"format": "pt"})  # a full disk is Python's own error then
     (folder / "adapter_model.safetensors").write_bytes(whole)
+
+
+def write_factors(
+    folder: Path,
+    factors: Mapping[str, LowRank],
+    modules: Mapping[str, torch.nn.Module],
+    base_model: str,
+) -> int:
+    """Write both files of an adapter over ``factors`` into ``folder``.
+
+    Args:
+        folder: existing.
+        factors: by full module name.
+        modules: of the student, by full name.
+        base_model: what PEFT notes as ``base_model_name_or_path``.
+
+    Returns:
+        its rank, the largest of the factors'.
+
+    """
+    rank = max(int(half.a.shape[0]) for half in factors.values())
+    leaves = {_leaf(name) for name in factors}
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    meant = {n for n, m in modules.items() if _leaf(n) in leaves and isinstance(m, kinds)}
+    embedding = next((n for n in factors if isinstance(modules[n], torch.nn.Embedding)), None)
+    config = adapter_config(factors, rank, base_model, every_layer=meant == set(factors))
+    write_adapter(folder, config, adapter_tensors(factors, embedding))
+    return rank
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def check_adapter(folder: Path, student: Path) -> None:

@@ -13,6 +13,7 @@ from pkt.api.extracting import (
     extract,
     inspect,
     prepare,
+    reading,
     require_fit,
 )
 from pkt.api.showing import continuations, write_overview
@@ -36,6 +37,7 @@ __all__ = [
     "prepare_evaluation",
     "prepare_export",
     "prepare_training",
+    "reading",
     "require_fit",
     "train",
     "write_overview",

@@ -11,8 +11,19 @@ from pkt.errors import BudgetError, IncompatibleError, UsageError
 from pkt.host import memory_limit
 from pkt.models import Model, load_tokenizer, open_model, vocabulary
 from pkt.plan import make_plan
-from pkt.projections import Pair, match
-from pkt.records import Extraction, Inspection, IoMode, LayerRule, Plan, Select, Split, Template
+from pkt.projections import Pair, match, projections_of
+from pkt.records import (
+    Extraction,
+    Inspection,
+    IoMode,
+    LayerRule,
+    Plan,
+    Reading,
+    SampleSet,
+    Select,
+    Split,
+    Template,
+)
 from pkt.workplace import room
 
 if TYPE_CHECKING:
@@ -74,6 +85,8 @@ def inspect(
         )
         if embeddings:
             problems += _vocabulary_problems(big, small)
+    else:
+        projections_of(big)  # refuses layers that no student could be cut from
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
@@ -100,7 +113,7 @@ def inspect(
 def prepare(
     teacher: str,
     student: str,
-    seeds: str | Path,
+    seeds: str | Path | SampleSet,
     *,
     rank: int = 16,
     layers: LayerRule = "sensitivity",
@@ -117,11 +130,15 @@ def prepare(
     spool_dir: str | Path | None = None,
     spool_every: int | None = None,
     output_dir: str | Path = "OUT",
+    processes: int = 1,
+    processes_here: int = 1,
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
 
-    ``output_dir`` is that of `execute`: the plan asks its disk for room.
+    ``seeds`` is a JSONL file, or samples that are tokens already. ``output_dir`` is that of
+    `execute`: the plan asks its disk for room. torchrun has started the ``processes`` that share
+    the seeds, ``processes_here`` of them on this host, whose memory and disk they share.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -155,15 +172,23 @@ def prepare(
     from pkt.methods.seeking import Config, Task  # torch is loaded from here on
     from pkt.samples import read_samples
 
-    tokenizer = load_tokenizer(big)
-    read = read_samples(
-        Path(seeds), tokenizer, template=template, limit=limit, max_tokens=max_tokens,
-        positions=big.positions,
-    )  # fmt: skip
+    if isinstance(seeds, SampleSet):
+        read = seeds
+    else:
+        read = read_samples(
+            Path(seeds), load_tokenizer(big), template=template, limit=limit,
+            max_tokens=max_tokens, positions=big.positions,
+        )  # fmt: skip
+    if len(read.samples) < processes:
+        raise UsageError(
+            f"{len(read.samples)} seeds for {processes} processes: expected a seed for each",
+            "start fewer processes, or give more seeds",
+        )
     computed = compute_dtype(big, dtype)
     plan = make_plan(
-        big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
-        budget=budget(max_ram), embeddings=embeddings,
+        big, small, pairs, dtype=computed, rank=rank, longest=read.longest,
+        tokens=-(-read.tokens * processes_here // processes),
+        budget=budget(max_ram, processes_here), embeddings=embeddings,
         every=checked_every(spool_every), room=room(Path(output_dir), _path(spool_dir)),
         **_records(select),
     )  # fmt: skip
@@ -173,7 +198,8 @@ def prepare(
         seed=seed,
     )  # fmt: skip
     options = {"template": read.template, "max_tokens": max_tokens, "limit": limit}
-    return Task(big, small, read, pairs, plan, config, options, base_name(small))
+    base = base_name(small)
+    return Task(big, small, read, pairs, plan, config, options, base, processes)
 
 
 def extract(
@@ -195,7 +221,7 @@ def extract(
         student: the same.
         seeds: JSONL file.
         output_dir: new, empty, or this very run's: the same call continues it.
-        io: how files are read.
+        io: how files are read; "auto" measures, where the page cache cannot hold them.
         device: "cpu" or "cuda".
         overwrite: replace what an earlier run left there.
         notify: told of (phase, steps done, steps in all).
@@ -218,26 +244,49 @@ def execute(
     task: Task,
     folder: Path,
     *,
-    io: IoMode = "auto",
+    io: IoMode | Reading = "auto",
     device: str = "cpu",
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
 ) -> Extraction:
-    """Run what `prepare` made; a finished run with the same inputs is returned as it is."""
+    """Run what `prepare` made; a finished run with the same inputs is returned as it is.
+
+    Of several processes all but the first return no more than the run's identity.
+    """
     import json
 
     from pkt.methods import seeking
     from pkt.output import finished
-    from pkt.stream import choose_io
+    from pkt.processes import from_first, joined
 
-    if not overwrite and (manifest := finished(folder, task.identity())):
-        record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
-        return Extraction(folder, manifest, record)
+    if task.processes > 1:
+        check_device(device)
+    with joined(task.processes, device):
+        manifest = None if overwrite else finished(folder, task.identity())
+        if from_first("finished" if manifest else "to do") == "finished":
+            if manifest is None:  # another host's OUT holds it
+                return Extraction(folder, task.identity(), {})
+            record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
+            return Extraction(folder, manifest, record)
+        require_fit(task.plan)
+        check_device(device)
+        chosen = io if isinstance(io, Reading) else reading(task, io)
+        return seeking.run(
+            task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify
+        )
+
+
+def reading(task: Task, io: IoMode = "auto", *, measured: bool = True) -> Reading:
+    """The reading mode of a run: as asked, or chosen by a short measurement of the files.
+
+    Without ``measured`` no file is read, and the mode stays "auto" where that would decide.
+    """
+    from pkt.disk import choose_io
+
     require_choice("io", io, IoMode)
-    require_fit(task.plan)
-    check_device(device)
-    mode = choose_io(task.teacher.checkpoint, memory_limit()[0])[0] if io == "auto" else io
-    return seeking.run(task, folder, io=mode, device=device, overwrite=overwrite, notify=notify)
+    if io != "auto":
+        return Reading(io, f"--io {io}")
+    return choose_io(task.teacher.checkpoint, task.plan, memory_limit()[0], measured=measured)
 
 
 def require_fit(plan: Plan) -> None:
@@ -294,12 +343,13 @@ def check_device(device: str) -> None:
             raise UsageError(f"--device {device}: not available here", "use --device cpu")
 
 
-def budget(max_ram: str | None) -> tuple[int, str]:
-    """The memory budget and where it comes from."""
+def budget(max_ram: str | None, sharing: int = 1) -> tuple[int, str]:
+    """The memory budget of one of the processes ``sharing`` this host, and where it comes from."""
     if max_ram and max_ram != "auto":
         return parse_bytes(max_ram), f"--max-ram {max_ram}"
     limit, source = memory_limit()
-    return int(limit * 0.9), f"nine tenths of {source}"
+    shared = f", shared by {sharing} processes" if sharing > 1 else ""
+    return int(limit * 0.9) // sharing, f"nine tenths of {source}{shared}"
 
 
 def compute_dtype(model: Model, wanted: str) -> str:
@@ -378,4 +428,4 @@ def base_name(model: Model) -> str:
     return model.source if not Path(model.source).is_dir() else str(Path(model.source))
 
 
-__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "require_fit"]
+__all__ = ["check_device", "execute", "extract", "inspect", "prepare", "reading", "require_fit"]

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 import click
 
 import pkt
+from pkt.cli.bench import bench
 from pkt.cli.compare import compare
 from pkt.cli.demo import demo
 from pkt.cli.env import env
-from pkt.cli.environment import debugging, set_up
+from pkt.cli.environment import debugging, processes, set_up
 from pkt.cli.eval import evaluate
 from pkt.cli.export import export
 from pkt.cli.extract import extract
@@ -31,6 +32,7 @@ from pkt.cli.options import Session
 from pkt.cli.train import train
 from pkt.errors import InterruptError, PktError
 
+LONGEST = 4000  # characters of an error line
 BROKEN_PIPE = 141  # as a shell says it of a process that SIGPIPE ended
 
 
@@ -47,7 +49,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, train, export, evaluate, compare, env, demo):
+for command in (inspect, extract, train, export, evaluate, compare, bench, env, demo):
     commands.add_command(command)
 
 
@@ -106,11 +108,18 @@ def _explain(error: BaseException) -> int:
 
 
 def _fail(message: str, hint: str | None, code: int) -> int:
+    who = f"process {processes()[0]}: " if processes()[1] > 1 else ""
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"pkt: error: {message}", err=True)
+        click.echo(f"pkt: error: {who}{_readable(message)}", err=True)
         if hint:
-            click.echo(f"hint: {hint}", err=True)
+            click.echo(f"hint: {_readable(hint)}", err=True)
     return code
+
+
+def _readable(text: str) -> str:
+    """One line that cannot steer a terminal, whatever a file has put into it."""
+    clipped = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in clipped)
 
 
 def _with_source(error: click.ClickException) -> str:

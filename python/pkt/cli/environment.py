@@ -26,6 +26,8 @@ def set_up() -> None:
     """Quiet libraries (unless the user says otherwise), and streams that never fail to encode."""
     for name, value in _LIBRARIES.items():
         os.environ.setdefault(name, value)
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # torchrun sets it; the Rust core follows
+        os.environ.setdefault("RAYON_NUM_THREADS", threads)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -39,6 +41,20 @@ def debugging() -> bool:
 def processes() -> tuple[int, int]:
     """This process's number and how many there are, as `accelerate launch` or torchrun says."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """How many of them run on this host and share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def launcher() -> list[str] | None:
+    """The words that start `pkt` as it was started; ``None`` on several hosts."""
+    if processes()[1] == 1:
+        return ["pkt"]
+    if processes_here() < processes()[1]:
+        return None
+    return ["torchrun", "--nproc-per-node", str(processes_here()), "-m", "pkt"]
 
 
 def stay_offline() -> None:

@@ -15,9 +15,9 @@ import click
 
 from pkt import api
 from pkt.cli import options
-from pkt.cli.environment import alias_file, aliases, stay_offline
+from pkt.cli.environment import alias_file, aliases, processes, processes_here, stay_offline
 from pkt.cli.options import Session
-from pkt.cli.running import perform, prepare, reading_mode, result_json
+from pkt.cli.running import perform, prepare, result_json
 from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
 from pkt.errors import PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
@@ -104,6 +104,7 @@ def extract(session: Session, /, **given: Any) -> None:
 
     OUT becomes a PEFT LoRA folder; OUT/report/index.html shows what was taken. The plan is
     printed before anything is read. An interrupted run is continued by the same command.
+    `torchrun --nproc-per-node N -m pkt extract …` divides the seeds among N processes.
     """
     needed = ["teacher", "student", "seeds", "output_dir"]
     if given["show_sample"]:
@@ -114,27 +115,33 @@ def extract(session: Session, /, **given: Any) -> None:
         raise _missing(given, missing)
     if given["show_sample"] or given["dry_run"]:
         stay_offline()
+    process, count = processes()
     if given["show_sample"]:
-        click.echo(_sample(given))
+        if process == 0:
+            click.echo(_sample(given))
         return
     names = ("teacher", "student", "seeds", "rank", "layers", "select", "split", "targets")
     more = ("template", "embeddings", "max_tokens", "limit", "max_ram", "dtype", "seed")
     disk = {name: given[name] for name in ("spool_dir", "spool_every", "output_dir") if given[name]}
+    say = not given["quiet"] and process == 0
     task = prepare(
-        say=not given["quiet"], **{name: given[name] for name in (*names, *more)}, **disk
-    )
+        say=say, processes=count, processes_here=processes_here(), **disk,
+        **{name: given[name] for name in (*names, *more)},
+    )  # fmt: skip
     if given["dry_run"]:
-        _dry_run(task, given)
+        if process == 0:
+            _dry_run(task, given)
         return
     made = perform(
         session, task, given["output_dir"], io=given["io"], device=given["device"],
-        overwrite=given["overwrite"], say=not given["quiet"],
+        overwrite=given["overwrite"], say=say,
     )  # fmt: skip
-    click.echo(result_json(made) if given["as_json"] else str(made.folder))
+    if process == 0:
+        click.echo(result_json(made) if given["as_json"] else str(made.folder))
 
 
 def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
-    mode = reading_mode(task, given["io"])
+    reading = api.reading(task, given["io"], measured=False)
     if given["as_json"]:
         cut = sum(seed.cut for seed in task.seeds.samples)
         seeds = {**task.identity()["seeds"], "cut": cut, "longest": task.seeds.longest}
@@ -142,12 +149,12 @@ def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
             "plan": plan_json(task.plan),
             "seeds": seeds,
             "options": task.identity()["options"],
-            "io": {"mode": mode[0], "reason": mode[1]},
+            "io": {"mode": reading.mode, "reason": reading.reason},
         }
         click.echo(json.dumps(found, indent=1))
     else:
         click.echo(seeds_line(task.seeds, task.seed_options["max_tokens"]))
-        click.echo(plan_table(task.plan, mode))
+        click.echo(plan_table(task.plan, reading))
     api.require_fit(task.plan)
 
 

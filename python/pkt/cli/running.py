@@ -10,21 +10,20 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pkt import api
-from pkt.cli.environment import aliases
+from pkt.cli.environment import aliases, launcher, processes
 from pkt.cli.options import Session
 from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
 from pkt.errors import IncompatibleError, InterruptError, PktError
-from pkt.host import memory_limit
 from pkt.models import resolve
-from pkt.output import WORK, finished
+from pkt.output import WORK, finished, spool_folder
 from pkt.records import Extraction, IoMode
-from pkt.workplace import spooled
+from pkt.workplace import tensors_of
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -77,10 +76,15 @@ def perform(
 
     if not overwrite and finished(folder, task.identity()):
         tell(f"{folder}: finished already, with these inputs; nothing to do")
-        return api.execute(task, folder)
-    mode = reading_mode(task, io)
+        return api.execute(task, folder, device=device)
     tell(seeds_line(task.seeds, task.seed_options["max_tokens"]))
-    tell(plan_table(task.plan, mode) + "\n")
+    if task.processes > 1:
+        tell(f"processes: {task.processes} share the seeds; each reads the teacher")
+    if not task.plan.fits:
+        tell(plan_table(task.plan) + "\n")
+    api.require_fit(task.plan)
+    reading = api.reading(task, io)
+    tell(plan_table(task.plan, reading) + "\n")
     progress = Progress(task.teacher.checkpoint.layer_bytes, tell)
 
     def notify(phase: str, done: int, total: int) -> None:
@@ -90,7 +94,7 @@ def perform(
 
     try:
         made = api.execute(
-            task, folder, io=mode[0], device=device, overwrite=overwrite, notify=notify
+            task, folder, io=reading, device=device, overwrite=overwrite, notify=notify
         )
     except BaseException as error:
         progress.close()
@@ -99,8 +103,10 @@ def perform(
         raise _kept(session.interrupts.received, task, folder, session) from error
     finally:
         progress.close()
-    if made.run["io"] != mode[0]:
-        tell(f"io: {mode[0]} was refused by the file system; {made.run['io']} was used")
+    if not made.run:  # another process speaks for all
+        return made
+    if made.run["io"] != reading.mode:
+        tell(f"io: {reading.mode} was refused by the file system; {made.run['io']} was used")
     tell("\n" + summary(made, task.teacher.layers))
     return made
 
@@ -116,27 +122,22 @@ def result_json(made: Extraction) -> str:
     return json.dumps(found, indent=1)
 
 
-def reading_mode(task: Task, wanted: IoMode) -> tuple[IoMode, str]:
-    """The reading mode, and why."""
-    from pkt.stream import choose_io
-
-    if wanted != "auto":
-        return wanted, f"--io {wanted}"
-    mode, reason = choose_io(task.teacher.checkpoint, memory_limit()[0])
-    return cast(IoMode, mode), reason
-
-
 def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:
     """What an interrupted run leaves (by the sweep's file names), and how it is continued."""
-    work, depth = folder / WORK, task.teacher.layers
-    spool = spooled(work)
-    backward = len(list((work / "spool").glob("layer-*.json")))
-    inputs = [int(path.name[6:11]) for path in spool.glob("input-*.sum.json")]
+    process, count = processes()
+    if process:
+        return InterruptError(number, "interrupted")
+    spool, depth = spool_folder(folder / WORK, process, count), task.teacher.layers
+    words = launcher()
+    command = shlex.join([*words, *session.arguments]) if words else "the same command on each host"
+    tensors = tensors_of(spool)
+    backward = len(list(spool.glob("layer-*.json")))
+    inputs = [int(path.name[6:11]) for path in tensors.glob("input-*.sum.json")]
     forward = depth if backward else max(inputs, default=0)
-    outside = "" if spool.is_relative_to(work) else f" and {spool}"
+    elsewhere = "" if tensors == spool else f" and {tensors}"
     return InterruptError(
         number,
         f"interrupted; {forward} of {depth} forward layers and {backward} of {depth} backward "
-        f"layers are finished and kept in {work}{outside}",
-        f"continue with: {shlex.join(['pkt', *session.arguments])}",
+        f"layers are finished and kept in {folder / WORK}{elsewhere}",
+        f"continue with: {command}",
     )

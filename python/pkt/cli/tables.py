@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pkt.config import format_bytes
-from pkt.records import Extraction, MatchRow, Plan, SampleSet
+from pkt.records import Extraction, MatchRow, Plan, Reading, SampleSet
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: int = 0, right: Sequence[int] = ()) -> str:
@@ -54,26 +54,29 @@ def match_table(rows: Sequence[MatchRow]) -> str:
     return aligned([head, *body])
 
 
-def plan_table(plan: Plan, io: tuple[str, str] | None = None) -> str:
+def plan_table(plan: Plan, reading: Reading | None = None) -> str:
     """The plan, part by part, and what it is held against."""
     budget = f"{format_bytes(plan.budget_bytes)}, {plan.budget_source}"
     parts = [(part.name, format_bytes(part.bytes), part.note) for part in plan.parts]
     ahead = "read while others are used" if plan.slots > 1 else "read and used in turn"
     slots = f"{plan.slots} of a layer, {ahead}; what they hold at the turn is not read again"
     scores = {"layer": "of a whole layer", "matrix": "of one matrix, X and dY on disk"}
-    reading = f"{format_bytes(plan.read_bytes)} of the teacher: both passes and the windows"
+    to_read = f"{format_bytes(plan.read_bytes)} of the teacher: both passes and the windows"
     rows = [
         ("memory allowed", budget),
         ("smallest --max-ram", format_bytes(plan.smallest_bytes)),
         ("slots", slots),
         ("scores held", scores[plan.scores]),
-        ("to read", reading),
+        ("to read", to_read),
         ("layer inputs kept", _kept_inputs(plan)),
         *_disk_rows(plan),
         ("adapter", format_bytes(plan.adapter_bytes)),
     ]
-    if io:
-        rows.append(("io", f"{io[0]}: {io[1]}"))
+    if reading:
+        rows.append(("io", f"{reading.mode}: {reading.reason}"))
+    if reading and reading.rates:
+        measured = ", ".join(f"{mode} {rate:.2f}" for mode, rate in reading.rates.items())
+        rows.append(("", f"measured just now: {measured} GB/s"))
     peak = ("at the peak", format_bytes(plan.peak_bytes), "" if plan.fits else "DOES NOT FIT")
     table = aligned([*parts, peak], indent=2, right=[1])
     return f"plan\n{table}\n{aligned(rows, indent=2)}"
@@ -168,6 +171,19 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``1 h 52 min``, ``3 min 20 s``, ``12 s``, ``0.8 s``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _size(count: int, files: int) -> str:

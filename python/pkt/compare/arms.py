@@ -104,6 +104,14 @@ VARIATIONS: Mapping[str, Variation] = {
         lambda arm, value: _extract(arm, select=value),
     ),
     "split": Variation(("paper", "balanced"), lambda arm, value: _extract(arm, split=value)),
+    "scale": Variation(
+        ("0.03", "0.1", "0.3", "1"),
+        lambda arm, value: replace(arm, train={**arm.train, "start": f"scaled:{float(value):g}"}),
+    ),
+    "lr-ratio": Variation(
+        ("1", "4", "16"),
+        lambda arm, value: replace(arm, train={**arm.train, "lr_ratio": float(value)}),
+    ),
     "examples": Variation(
         ("30", "100", "300", "1000"), lambda arm, value: replace(arm, examples=int(value))
     ),
@@ -136,6 +144,8 @@ def varied(arm: Arm, kind: str, values: Sequence[str] | None) -> list[Arm]:
         raise UsageError(f"--vary: no variation '{kind}'", f"known: {', '.join(VARIATIONS)}")
     if kind in _OF_EXTRACTION and not arm.knows_teacher:
         raise UsageError(f"--vary {kind}: arm '{arm.name}' extracts nothing")
+    if kind == "scale" and arm.train.get("init") == "lora":
+        raise UsageError(f"--vary scale: arm '{arm.name}' begins at zero")
     variation = VARIATIONS[kind]
     try:
         return [

@@ -6,7 +6,9 @@ the disk has no room for the inputs of every layer, only each k-th one's are lef
 between two is run forward once more.) For a linear layer y = xWᵀ autograd is never asked for a
 weight gradient: its input X and upstream gradient dY go to an observer, which makes dYᵀX in row
 blocks as it needs them. Results do not depend on slots, memory budget, k, or on where a killed run
-was continued. What is found damaged when it is read is made again.
+was continued; what is found damaged when it is read is made again. Of several processes each sweeps
+seeds of its own; they meet where a layer's scores are summed, and go on from the last layer that
+all of them have finished.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pkt.checkpoint import Checkpoint, Piece
 from pkt.config import LOGIT_ELEMENTS
 from pkt.errors import OutputError, PktError
 from pkt.host import release_free_memory
+from pkt.processes import largest, wait_for_all
 from pkt.records import Sample
 from pkt.schedule import Step, schedule
 from pkt.sweep.calls import Calls
@@ -111,6 +114,9 @@ class Sweep:
             OutputError: the work folder cannot be written.
 
         """
+        depth = len(self.skeleton.layers)
+        self._agree(depth)
+        self._records = self._recorded(depth)
         while not self._undamaged(lambda: self._advance(observer)):
             pass
         return list(self.spool.get("losses") or []), self._records
@@ -149,7 +155,6 @@ class Sweep:
     def _advance(self, observer: Observer | None) -> None:
         """Every step that is left; ``None``: the layers are scored, only files are lacking."""
         depth = len(self.skeleton.layers)
-        self._records = self._recorded(depth)
         pending = depth - len(self._records)
         last = self.keep_last and self.spool.get("ends") is None
         upstream = self._upstream(pending, depth, needed=pending > 0 or last)
@@ -205,6 +210,13 @@ class Sweep:
                 release_free_memory()
                 done[phase] += 1
                 self.notify(phase, done[phase], totals[phase])
+
+    def _agree(self, depth: int) -> None:
+        """Several processes go on together: records that others of them lack are removed."""
+        ours = len(self._recorded(depth))
+        common = depth - largest(depth - ours)
+        for index in range(depth - ours, depth - common):
+            self.spool.forget(_record(index))
 
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
@@ -332,6 +344,7 @@ class Sweep:
             record = observer.finish_layer(index)
             self.spool.put(_record(index), record)
             self._records.insert(0, record)
+            wait_for_all()  # one that was killed just before may have to begin this layer again
         self.spool.drop(upstream_of(index + 1))
 
     def _finish_matrices(

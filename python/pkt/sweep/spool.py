@@ -180,6 +180,10 @@ class Spool:
         """Write a JSON record."""
         _write_record(self.folder / f"{name}.json", record)
 
+    def forget(self, name: str) -> None:
+        """Remove a JSON record."""
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def put_bytes(self, name: str, data: bytes) -> None:
         """Write raw bytes to ``name.bits``."""
         with durable(self.folder / f"{name}.bits") as file:

@@ -21,10 +21,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from pkt.errors import DivergenceError, OutputError, PktError, UsageError
+from pkt.processes import any_process, wait_for_all
 from pkt.records import Sample
 from pkt.training.checkpoints import mark_complete, newest_complete
 from pkt.training.injection import ADAPTER
-from pkt.training.processes import any_process, wait_for_all
 
 Metrics = Mapping[str, float]
 Notify = Callable[[int, int, Metrics], None]

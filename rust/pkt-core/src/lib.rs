@@ -1,7 +1,7 @@
 //! Reading, scoring, selecting and writing the weights of models larger than memory.
 //!
 //! ```text
-//! folder ─checkpoint→ Catalogue ─reader→ bytes ─stream→ layer slots
+//! folder ─checkpoint→ Catalogue ─layout→ ranges ─reader→ bytes ─stream→ layer slots
 //!                                         gradients ─sensitivity→ scores ─selection→ windows
 //!                                         weights + changes ─merge→ bytes ─writer→ folder
 //! ```
@@ -15,6 +15,7 @@ pub mod error;
 mod folder;
 pub mod header;
 mod json;
+pub mod layout;
 pub mod merge;
 pub mod reader;
 pub mod selection;
@@ -22,6 +23,12 @@ pub mod sensitivity;
 mod simd;
 pub mod stream;
 pub mod writer;
+
+/// How many cases of a property are tried: few under Miri, which is a thousand times slower.
+#[cfg(test)]
+pub(crate) const fn cases(count: u32) -> u32 {
+    if cfg!(miri) { 2 } else { count }
+}
 
 pub use checkpoint::{Catalogue, Entry, Shard};
 pub use dtype::Dtype;

@@ -21,7 +21,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use crate::reader::{Range, Reader};
+use crate::layout::Range;
+use crate::reader::Reader;
 use crate::{Error, Result};
 
 /// Memory of the caller that holds one layer at a time.
@@ -286,6 +287,8 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::cases;
+    use crate::reader::tests::MODES;
     use crate::reader::{File, Mode};
 
     const SLOT_BYTES: usize = 16;
@@ -321,7 +324,7 @@ mod tests {
     fn wait_until(condition: impl Fn() -> bool) {
         let begin = Instant::now();
         while !condition() {
-            assert!(begin.elapsed() < Duration::from_secs(10), "waited in vain");
+            assert!(begin.elapsed() < Duration::from_secs(60), "waited in vain");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -453,6 +456,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "of its size")]
     fn a_drop_in_the_middle_of_a_big_file_returns() {
         let bytes = 64 << 20;
         let (_folder, file) = sparse(&[], bytes as u64);
@@ -467,7 +471,7 @@ mod tests {
     #[test]
     fn impossible_streams_do_not_start() {
         let (_folder, file) = sparse(&[], 100);
-        let reader = Arc::new(Reader::open(&[file], Mode::Mmap, 1).unwrap().0);
+        let reader = Arc::new(Reader::open(&[file], MODES[0], 1).unwrap().0);
         let start = |slots, bytes| {
             let job = vec![Range { file: 0, begin: 0, bytes, at: 0 }];
             Stream::start(Arc::clone(&reader), slots, vec![job]).unwrap_err().to_string()
@@ -485,7 +489,7 @@ mod tests {
     #[test]
     fn a_file_cut_while_streaming_is_an_error_that_names_it() {
         let (_folder, file) = sparse(&[1; 8], 8);
-        let reader = Arc::new(Reader::open(std::slice::from_ref(&file), Mode::Mmap, 1).unwrap().0);
+        let reader = Arc::new(Reader::open(std::slice::from_ref(&file), MODES[0], 1).unwrap().0);
         let mut memory = Memory::new(1, 8);
         let job = vec![Range { file: 0, begin: 0, bytes: 8, at: 0 }];
         let stream = Stream::start(reader, memory.slots(), vec![job; 3]).unwrap();
@@ -518,7 +522,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(ProptestConfig::with_cases(cases(64)))]
 
         #[test]
         fn each_lease_holds_its_job_whatever_the_order_of_release(

@@ -1,10 +1,11 @@
-//! Twin of `pkt_core::reader` and `pkt_core::stream`.
+//! Twin of `pkt_core::layout`, `pkt_core::reader` and `pkt_core::stream`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use pkt_core::reader::{self as core, Extent, File, Mode};
+use pkt_core::layout::{self as core, Extent};
+use pkt_core::reader::{File, Mode, Reader as CoreReader};
 use pkt_core::stream::{Slot, Stream as CoreStream};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -45,7 +46,7 @@ pub fn layout(extents: Vec<(usize, u64, u64, usize)>) -> Layout {
 /// Open shards and the threads that read them.
 #[pyclass(frozen, module = "pkt._core")]
 pub struct Reader {
-    core: Arc<core::Reader>,
+    core: Arc<CoreReader>,
     notices: Vec<String>,
     bytes: AtomicU64,
 }
@@ -63,7 +64,7 @@ impl Reader {
             .ok_or_else(|| PyValueError::new_err(format!("unknown reading mode '{mode}'")))?;
         let files: Vec<_> = files.into_iter().map(|(path, bytes)| File { path, bytes }).collect();
         let (core, notices) =
-            py.detach(|| core::Reader::open(&files, mode, threads)).map_err(to_python)?;
+            py.detach(|| CoreReader::open(&files, mode, threads)).map_err(to_python)?;
         Ok(Self { core: Arc::new(core), notices, bytes: AtomicU64::new(0) })
     }
 

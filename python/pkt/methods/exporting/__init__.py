@@ -24,11 +24,9 @@ from typing import Any
 import torch
 
 from pkt.adapter import (
-    adapter_config,
-    adapter_tensors,
     check_adapter,
     recompress,
-    write_adapter,
+    write_factors,
 )
 from pkt.checkpoint import FLOAT_DTYPES, open_checkpoint
 from pkt.config import format_bytes
@@ -49,7 +47,7 @@ from pkt.methods.exporting.modules import Architecture, open_architecture
 from pkt.methods.exporting.stored import require_own_base
 from pkt.methods.exporting.task import Form, Task
 from pkt.output import MANIFEST, as_json, publish, run_folder
-from pkt.records import Export, LowRank
+from pkt.records import Export
 
 __all__ = ["Architecture", "Form", "Task", "open_architecture", "run", "serving_note"]
 
@@ -120,7 +118,7 @@ def _lora(task: Task, staged: Path, costs: Costs, notify: Notify) -> dict[str, A
                 factors[name], errors[name] = made.factors, made.relative
                 squares = [squares[0] + made.error**2, squares[1] + made.norm**2]
                 notify("recompress", done + 1, len(factors))
-    rank = _write_factors(task, factors, task.base_model, staged)
+    rank = write_factors(staged, factors, task.architecture.modules, task.base_model)
     with costs.phase("check"):
         check_adapter(staged, task.student.folder)
         exact = not any(errors.values())
@@ -159,7 +157,7 @@ def _residual(
     adapter.mkdir()
     errors = _write_base(task, layout, base, costs, notify)
     final = str((folder / "base").resolve())
-    rank = _write_factors(task, dict(task.adapter.factors), final, adapter)
+    rank = write_factors(adapter, task.adapter.factors, task.architecture.modules, final)
     with costs.phase("check"):
         check_adapter(adapter, base)
         if fits(task):
@@ -231,15 +229,6 @@ def _compare_files(task: Task, layout: Layout, folder: Path, notify: Notify) -> 
         task.student.checkpoint, layout, written, lambda *step: notify("check files", *step[1:])
     )
     return Check("files", 0.0, 0.0)
-
-
-def _write_factors(task: Task, factors: dict[str, LowRank], base_model: str, folder: Path) -> int:
-    """Write a LoRA folder; its rank."""
-    rank = max(int(half.a.shape[0]) for half in factors.values())
-    every = task.architecture.every_leaf(set(factors))
-    config = adapter_config(factors, rank, base_model, every)
-    write_adapter(folder, config, adapter_tensors(factors, task.embedding))
-    return rank
 
 
 def _run_record(staged: Path, costs: Costs, peak: PeakMeter) -> dict[str, Any]:

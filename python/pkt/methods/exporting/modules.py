@@ -81,13 +81,6 @@ class Architecture:
         """Whether head and embedding, tied until now, differ after the change."""
         return self.tied and (self.embedding in names or self.head in names)
 
-    def every_leaf(self, names: set[str]) -> bool:
-        """Whether the last parts of ``names`` ("q_proj") denote exactly these modules."""
-        leaves = {_last(name) for name in names}
-        kinds = (nn.Linear, nn.Embedding)
-        meant = {n for n, m in self.modules.items() if _last(n) in leaves and isinstance(m, kinds)}
-        return meant == names
-
     def _place(self, name: str, adapter: Adapter) -> Place | str:
         module, half = self.modules.get(name), adapter.factors[name]
         if module is None:
@@ -154,7 +147,3 @@ def open_architecture(student: Model) -> Architecture:
     embedding, head = (names[id(end)] for end in ends)
     tied = bool(config.get_text_config().tie_word_embeddings)
     return Architecture(student, modules, embedding, head, model.base_model_prefix, tied)
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]

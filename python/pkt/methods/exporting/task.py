@@ -36,11 +36,6 @@ class Task:
             return side_by_side({}, self.adapter.factors)
         return side_by_side(self.adapter.factors, self.start.factors if self.start else {})
 
-    @property
-    def embedding(self) -> str | None:
-        """The changed module that is an embedding."""
-        return next((name for name, place in self.places.items() if place.transposed), None)
-
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""
         return {

@@ -23,16 +23,17 @@ import torch
 from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_adapter
 from pkt.card import model_card
 from pkt.host import Costs, PeakMeter, one_thread
+from pkt.methods.seeking.folders import shared_folder
 from pkt.methods.seeking.record import manifest, run_record
 from pkt.methods.seeking.steps import Notify, Start, extract_start, require_linear, score
 from pkt.methods.seeking.task import DTYPES, Config, Task
-from pkt.output import MANIFEST, as_json, publish, run_folder
-from pkt.records import Extraction, Factors
+from pkt.output import MANIFEST, as_json, publish
+from pkt.processes import is_first, wait_for_all
+from pkt.records import Extraction, Factors, Reading
 from pkt.report import write_report
 from pkt.selection import pick_layers
 from pkt.stream import CheckpointSource
 from pkt.sweep import build_skeleton
-from pkt.workplace import spool_folder
 
 __all__ = ["Config", "Task", "run"]
 
@@ -43,7 +44,7 @@ def run(
     task: Task,
     folder: Path,
     *,
-    io: str,
+    io: Reading,
     device: str = "cpu",
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
@@ -53,10 +54,13 @@ def run(
     Args:
         task: opened inputs and options.
         folder: OUT.
-        io: mmap, buffered or direct.
+        io: mmap, buffered or direct, and why.
         device: "cpu" or "cuda".
         overwrite: replace what an earlier run of pkt left in OUT.
         notify: told of (phase, steps done, steps in all).
+
+    Returns:
+        the finished run; in all but the first of several processes, without what it found.
 
     Raises:
         PktError: and its subclasses, see `pkt.errors`.
@@ -68,24 +72,27 @@ def run(
     with (
         peak.running(),
         one_thread(_is_small(task)),
-        run_folder(folder, identity, overwrite) as work,
+        shared_folder(folder, identity, overwrite, task.processes) as (work, spool),
     ):
         with costs.phase("skeleton"):
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
             student = build_skeleton(task.student.folder, torch.float32)
             require_linear(task, skeleton, student)
-        wanted = task.plan.room.spool_dir if task.plan.room else None
-        tensors = spool_folder(work, Path(wanted) if wanted else None)
-        source = CheckpointSource(task.teacher.checkpoint, io, task.plan.slots, dtype, place)
+        source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, place)
         try:
             # 1. Sensitivity of every teacher parameter, summed over the seeds; the most
             #    sensitive sub-matrix of every weight, while its scores are in memory.
-            scores = score(task, skeleton, source, work, tensors, notify, costs.seconds)
+            scores = score(task, skeleton, source, spool, notify, costs.seconds)
+            if not is_first():
+                wait_for_all()
+                return Extraction(folder, task.identity(), {})
             # 2. The teacher layers that feed the student's, in order.
             layers = pick_layers(scores.layers, task.student.layers, config.layers, config.seed)
             # 3. The chosen sub-matrices, read again; 4. their leading factors.
             with costs.phase("factors"):
-                start = extract_start(task, skeleton, student, source, scores, layers, work, notify)
+                start = extract_start(
+                    task, skeleton, student, source, scores, layers, spool, notify
+                )
         finally:
             source.close()
         found = manifest(task, scores, layers, start)
@@ -98,13 +105,14 @@ def run(
             spectra = {name: f.singular_values for name, f in start.factors.items()}
             energy = {name: _kept(f) for name, f in start.factors.items()}
             write_report(staged / "report", found, start.heats, spectra, energy)
-        record = run_record(task, source, costs, peak)
+        record = run_record(task, source, io, costs, peak)
         texts = {
             "README.md": model_card(found, task.base_model),
             "pkt_run.json": as_json(record),
             MANIFEST: as_json(found),
         }
         publish(folder, staged, texts)
+        wait_for_all()
     return Extraction(folder, found, record)
 
 

@@ -10,7 +10,7 @@ import torch
 from pkt.host import Costs, PeakMeter, describe
 from pkt.methods.seeking.steps import Scores, Start
 from pkt.methods.seeking.task import Task
-from pkt.records import Window
+from pkt.records import Reading, Window
 from pkt.stream import CheckpointSource
 
 
@@ -36,7 +36,7 @@ def _window(window: Window) -> dict[str, Any]:
 
 
 def run_record(
-    task: Task, source: CheckpointSource, costs: Costs, peak: PeakMeter
+    task: Task, source: CheckpointSource, reading: Reading, costs: Costs, peak: PeakMeter
 ) -> dict[str, Any]:
     """`pkt_run.json`: what this process did and what it cost."""
     counts = source.counts()
@@ -53,10 +53,13 @@ def run_record(
         "planned_bytes": task.plan.peak_bytes,
         "budget_bytes": task.plan.budget_bytes,
         "io": source.mode,
+        "io_reason": reading.reason,
+        "io_rates": {mode: round(rate, 3) for mode, rate in reading.rates.items()},
         "notices": source.notices,
         "slots": task.plan.slots,
         "scores": task.plan.scores,
         "spool_every": task.plan.spool_every,
+        "processes": task.processes,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "host": describe(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pkt.consistent import Subnetwork, channel_window, choose_subnetwork, subnetwork_window
 from pkt.cutting import cut_weights, cut_window, stack_parts
@@ -17,6 +18,7 @@ from pkt.factorization import factorize, orthogonal_factors
 from pkt.heads import heads_of, split_heads
 from pkt.host import release_free_memory
 from pkt.methods.seeking.task import DTYPES, Config, Task
+from pkt.processes import balanced_share, is_first, sum_in_place, sum_over_processes
 from pkt.projections import Pair, physical_rows
 from pkt.records import Factors, Heat, Window
 from pkt.selection import (
@@ -34,6 +36,7 @@ from pkt.selection import (
 from pkt.sensitivity import LayerScores, accumulate_columns
 from pkt.stream import PAGE, CheckpointSource
 from pkt.sweep import Skeleton, Spool, Sweep
+from pkt.workplace import tensor_folder
 
 Notify = Callable[[str, int, int], None]
 
@@ -83,20 +86,25 @@ def score(
     task: Task,
     skeleton: Skeleton,
     source: CheckpointSource,
-    work: Path,
-    tensors: Path,
+    folder: Path,
     notify: Notify,
     seconds: dict[str, float],
 ) -> Scores:
-    """Sweep the teacher; windows are ranked while a layer's scores are in memory."""
+    """Sweep the teacher; windows are ranked while a layer's scores are in memory.
+
+    Of several processes each sweeps its share of the seeds, and the first ranks the sums.
+    """
     config, checkpoint = task.config, task.teacher.checkpoint
     whole = task.plan.scores == "layer"
+    ours = balanced_share([len(seed.tokens) for seed in task.seeds.samples])
+    seeds = [task.seeds.samples[number] for number in ours]
+    elsewhere = task.plan.room.spool_dir if task.plan.room else None
     spool = Spool(
-        work / "spool",
-        [len(seed.tokens) for seed in task.seeds.samples],
+        folder,
+        [len(seed.tokens) for seed in seeds],
         task.teacher.hidden_size,
         DTYPES[config.dtype],
-        tensors,
+        tensor_folder(folder, Path(elsewhere) if elsewhere else None),
     )
     cuts = [
         Cut(
@@ -113,23 +121,26 @@ def score(
     ranking = Ranking(cuts, config.select, config.seed, path, spool.put_bytes)
 
     def intact(record: Mapping[str, Any]) -> bool:
-        if config.select == "consistent":
+        if config.select == "consistent" or not is_first():
             return True  # its record is all that it needs
         windows = [(cut.key, recorded_window(record, cut.key)) for cut in cuts]
         return all(
-            window.mask_sha256 in (None, _mask_digest(work, record["layer"], key))
+            window.mask_sha256 in (None, _mask_digest(folder, record["layer"], key))
             for key, window in windows
         )
 
     elements = [p.elements for layer in checkpoint.layers for p in layer.values()]
     largest = max(sum(p.elements for p in layer.values()) for layer in checkpoint.layers)
     memory = torch.empty(largest if whole else max(elements), device=source.device)
-    observer = LayerScores(memory, ranking.matrix, ranking.layer)
+    if is_first():
+        observer = LayerScores(memory, ranking.matrix, ranking.layer, sum_in_place)
+    else:
+        observer = LayerScores(memory, _no_ranking, _score_alone, sum_in_place)
     row_bytes = task.teacher.embedding.bytes // task.teacher.embedding.shape[0]
     sweep = Sweep(
         skeleton=skeleton,
         checkpoint=checkpoint,
-        seeds=task.seeds.samples,
+        seeds=seeds,
         spool=spool,
         source=source,
         device=source.device,
@@ -146,7 +157,24 @@ def score(
     source.close()
     ends = sweep.ends(accumulate_columns) if config.embeddings else {}
     source.close()  # it was opened again where a file had been lost
-    return Scores(losses, records, ends)
+    return _summed(task, ours, Scores(losses, records, ends), source.device)
+
+
+def _no_ranking(layer: int, module: str, scores: NDArray[np.float32]) -> None:
+    pass
+
+
+def _score_alone(layer: int, score: float) -> dict[str, Any]:
+    return {"layer": layer, "score": score}
+
+
+def _summed(task: Task, ours: Sequence[int], found: Scores, device: torch.device) -> Scores:
+    """The losses of all seeds in their order, the ends' sums over all; records are so already."""
+    losses = [0.0] * len(task.seeds.samples)
+    for number, loss in zip(ours, found.losses, strict=True):
+        losses[number] = loss
+    ends = {name: sum_over_processes(sums, device) for name, sums in found.ends.items()}
+    return Scores(sum_over_processes(losses, device), found.records, ends)
 
 
 def extract_start(
@@ -156,7 +184,7 @@ def extract_start(
     source: CheckpointSource,
     scores: Scores,
     layers: Sequence[int],
-    work: Path,
+    folder: Path,
     notify: Notify,
 ) -> Start:
     """Cut the chosen part of every kept weight out of the files, and factorize it."""
@@ -179,7 +207,7 @@ def extract_start(
         for module in dict.fromkeys(pair.student.module for pair in task.pairs):
             placed = [
                 (
-                    _cut(task, source, layer, pair, windows[pair.key], work),
+                    _cut(task, source, layer, pair, windows[pair.key], folder),
                     physical_rows(pair.student, task.student.head_dim, 1),
                 )
                 for pair in task.pairs
@@ -247,13 +275,13 @@ def _cut(
     layer: int,
     pair: Pair,
     window: Window,
-    work: Path,
+    folder: Path,
 ) -> torch.Tensor:
     piece = task.teacher.checkpoint.layers[layer][f"{pair.teacher.module}.weight"]
     rows = physical_rows(pair.teacher, task.teacher.head_dim, pair.kv_repeat)
     if window.rows is not None:
         return cut_window(source.window, piece, window, rows)
-    mask = _mask_path(work, layer, pair.key).read_bytes()
+    mask = _mask_path(folder, layer, pair.key).read_bytes()
     shape = (pair.student.out_features, pair.student.in_features)
 
     def indices(start: int, stop: int) -> torch.Tensor:
@@ -262,10 +290,10 @@ def _cut(
     return cut_weights(source.window, piece, indices, rows, shape)
 
 
-def _mask_path(work: Path, layer: int, key: str) -> Path:
-    return work / "spool" / f"{mask_name(layer, key)}.bits"
+def _mask_path(folder: Path, layer: int, key: str) -> Path:
+    return folder / f"{mask_name(layer, key)}.bits"
 
 
-def _mask_digest(work: Path, layer: int, key: str) -> str:
-    path = _mask_path(work, layer, key)
+def _mask_digest(folder: Path, layer: int, key: str) -> str:
+    path = _mask_path(folder, layer, key)
     return mask_sha256(path.read_bytes()) if path.is_file() else ""

@@ -42,6 +42,7 @@ class Task:
     config: Config
     seed_options: Mapping[str, Any]  #: template, max_tokens, limit
     base_model: str  #: the student as the user named it, for the adapter and its card
+    processes: int = 1  #: that share the seeds
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from pkt.adapter import adapter_config, adapter_tensors, check_adapter, side_by_side, write_adapter
+from pkt.adapter import check_adapter, side_by_side, write_factors
 from pkt.methods.tuning.task import DTYPES, Task
 from pkt.training import StepZero, compare_logits, first_logits, frozen_factors, trained_factors
 
@@ -46,17 +45,7 @@ def write_tuned(task: Task, model: Any, folder: Path) -> Exported:
     factors = side_by_side(trained_factors(model), frozen_factors(model))
     base = model.unload()
     del model
-    modules = dict(base.named_modules())
-    leaves = {name.rsplit(".", 1)[-1] for name in factors}
-    meant = {
-        name
-        for name, module in modules.items()
-        if name.rsplit(".", 1)[-1] in leaves and isinstance(module, (nn.Linear, nn.Embedding))
-    }
-    rank = max(int(half.a.shape[0]) for half in factors.values())
-    config = adapter_config(factors, rank, task.base_model, every_layer=meant == set(factors))
-    embedding = next((n for n in factors if isinstance(modules[n], nn.Embedding)), None)
-    write_adapter(folder, config, adapter_tensors(factors, embedding))
+    rank = write_factors(folder, factors, dict(base.named_modules()), task.base_model)
     check_adapter(folder, task.student.folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT on tied embeddings: what it warns of is not done

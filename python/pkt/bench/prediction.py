@@ -1,0 +1,145 @@
+"""The forecast of one extraction: its work from headers, its pace measured, and both together."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkt import api
+from pkt.bench.forecast import Forecast, Pace, Work, forecast, limit_seconds
+from pkt.bench.kernels import SQUARE, copy_bandwidth, matmul
+from pkt.bench.reading import ReadRates, bench_read, temporary_file
+from pkt.bench.rehearsal import Notify, rehearse, rehearse_factors
+from pkt.checkpoint import DTYPE_BYTES
+from pkt.config import MIB
+from pkt.disk import on_disk
+from pkt.host import memory_limit
+from pkt.methods.seeking.task import DTYPES, Task
+from pkt.records import IoMode, Reading, Sample, SampleSet
+
+ROUNDS = 3  # stretches for each way to read
+COPIED = 512 * MIB  # moved to measure the bandwidth of memory; less for tiny teachers
+FILE_BYTES = 512 * MIB  # of the file that is read where the teacher's hold nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A forecast, and all that it was made of."""
+
+    forecast: Forecast
+    work: Work
+    pace: Pace
+    reading: Reading
+    rates: ReadRates
+    own_file: bool  #: a temporary file was read: the teacher's hold nothing but holes
+    sampled_tokens: int  #: that were swept to measure
+    teraflops: float  #: of a large square product in the type computed in
+    copy_gigabytes_per_second: float
+    limit_seconds: float  #: see `pkt.bench.forecast.limit_seconds`
+
+
+def assumed_seeds(count: int, tokens: int, vocabulary: int) -> SampleSet:
+    """``count`` seeds of ``tokens`` tokens whose loss counts all but the first."""
+    ids = tuple(at % vocabulary for at in range(tokens))
+    mask = tuple(at > 0 for at in range(tokens))
+    samples = tuple(Sample(f"assumed seed {at + 1}", ids, mask) for at in range(count))
+    return SampleSet(samples, sha256="", template="none")
+
+
+def predict(
+    task: Task,
+    *,
+    io: IoMode = "auto",
+    folder: Path | None = None,
+    notify: Notify = lambda phase, done, total: None,
+) -> Prediction:
+    """Measure this host with ``task``'s shapes and say how long it will take, from a cold start.
+
+    The teacher's weights are read only to measure the disk; headers alone do as well.
+
+    Args:
+        task: prepared inputs.
+        io: how the run will read.
+        folder: for temporary files; ``None`` for the system's temporary folder.
+        notify: told of (phase, steps done, steps in all).
+
+    Raises:
+        BudgetError: the run does not fit; measuring takes the memory that it does.
+        OutputError: temporary files cannot be written.
+
+    """
+    api.require_fit(task.plan)
+    files = task.teacher.checkpoint.files
+    own_file = not any(on_disk(task.teacher.checkpoint))
+    reading = api.reading(task, io)
+    with ExitStack() as stack:
+        if own_file:
+            files = tuple(stack.enter_context(temporary_file(folder, FILE_BYTES)))
+        rates = bench_read(files, ROUNDS)
+        notify("disk", 1, 1)
+    mode = reading.mode if reading.mode in rates.rates else "buffered"
+    rate = rates.rates[mode]
+    with tempfile.TemporaryDirectory(prefix="pkt-bench-", dir=folder) as name:
+        layers = rehearse(task, Path(name), notify)
+    factors = rehearse_factors(task, reading.mode, notify)
+    read = rate.gigabytes_per_second * 1e9
+    pace = Pace(
+        forward=layers.forward,
+        backward=layers.backward,
+        head=layers.head,
+        ends=layers.ends,
+        factors=factors.seconds,
+        read=read,
+        windows=factors.window_bytes / factors.window_seconds if factors.window_bytes else read,
+        reading_work=rate.processor_seconds / rate.bytes / len(os.sched_getaffinity(0)),
+    )
+    work = work_of(task, reading.mode, memory_limit()[0])
+    square = max(max(p.shape) for p in task.teacher.checkpoint.layers[0].values())
+    teraflops = matmul(DTYPES[task.config.dtype], min(SQUARE, square)).teraflops
+    copied = copy_bandwidth(min(COPIED, 8 * work.layer_bytes))
+    notify("rates", 1, 1)
+    limit = limit_seconds(work, rates.best_raw * 1e9, teraflops * 1e12, copied * 1e9)
+    return Prediction(
+        forecast(work, pace), work, pace, reading, rates, own_file, layers.sampled_tokens,
+        teraflops, copied, limit,
+    )  # fmt: skip
+
+
+def work_of(task: Task, mode: str, available_bytes: int) -> Work:
+    """What ``task`` has to do, when ``available_bytes`` of memory may be used in all."""
+    teacher, plan, seeds = task.teacher, task.plan, task.seeds
+    layers = teacher.checkpoint.layers
+    sizes = [sum(piece.bytes for piece in layer.values()) for layer in layers]
+    head = teacher.head or teacher.embedding
+    boundary = seeds.tokens * teacher.hidden_size * DTYPE_BYTES[task.config.dtype]
+    cache = max(0, available_bytes - plan.peak_bytes)
+    cached = 0 if mode == "direct" else min(cache, sum(sizes[: -plan.slots]))
+    return Work(
+        layers=len(layers),
+        layer_bytes=sum(sizes) // len(layers),
+        layer_parameters=max(sum(piece.elements for piece in layer.values()) for layer in layers),
+        slots=plan.slots,
+        seeds=len(seeds.samples),
+        tokens=seeds.tokens,
+        loss_tokens=seeds.loss_tokens,
+        head_parameters=head.elements,
+        ends_bytes=head.bytes + teacher.embedding.bytes,
+        window_bytes=_window_bytes(task),
+        boundary_bytes=boundary,
+        boundaries_cached=len(layers) * boundary <= cache,
+        cached_bytes=cached,
+    )
+
+
+def _window_bytes(task: Task) -> int:
+    """Of the matrices' parts that are read again: rows of a window, or of all its columns."""
+    crossed = task.config.select in ("rows-cols", "consistent")
+    total = 0
+    for pair in task.pairs:
+        piece = task.teacher.checkpoint.layers[0][f"{pair.teacher.module}.weight"]
+        width = pair.teacher.in_features if crossed else pair.student.in_features
+        total += pair.student.out_features * width * DTYPE_BYTES[piece.dtype]
+    return total * task.student.layers

@@ -1,0 +1,88 @@
+"""Where the processes of a run keep their unfinished work.
+
+The first one claims OUT as any run does. Each of the others has a spool at the same path under
+OUT, on the same disk or on that of its own host, bound to the same inputs; when the result has been
+published it removes what the first could not reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pkt.errors import UsageError
+from pkt.output import WORK, differences, locked, run_folder, spool_folder
+from pkt.processes import from_first, index, is_first, wait_for_all
+from pkt.sweep import disk_errors
+from pkt.workplace import drop_tensors
+
+
+@contextlib.contextmanager
+def shared_folder(
+    folder: Path, identity: Mapping[str, Any], overwrite: bool, processes: int
+) -> Iterator[tuple[Path, Path]]:
+    """The work folder of a run, and in it the spool of this process.
+
+    Args:
+        folder: OUT.
+        identity: what makes this run this run, JSON-able.
+        overwrite: as in `run_folder`.
+        processes: of the run.
+
+    Raises:
+        OutputError: OUT is refused or cannot be written.
+        UsageError: this process was given other inputs than the first.
+
+    """
+    if processes > 1:
+        identity = {**identity, "processes": processes}  # each holds a share of the seeds
+        _require_same(identity)
+    if is_first():
+        with run_folder(folder, identity, overwrite) as work:
+            wait_for_all()
+            spool = spool_folder(work, 0, processes)
+            spool.mkdir(parents=True, exist_ok=True)
+            yield work, spool
+        return
+    wait_for_all()
+    work = folder / WORK
+    spool = spool_folder(work, index(), processes)
+    with disk_errors(spool):
+        spool.mkdir(parents=True, exist_ok=True)
+    with locked(spool):
+        _bind(spool, json.dumps(identity))
+        yield work, spool
+    drop_tensors(spool)
+    shutil.rmtree(spool, ignore_errors=True)
+    for parent in (spool.parent, work, folder):
+        with contextlib.suppress(OSError):  # not empty: the first process wrote there
+            parent.rmdir()
+
+
+def _require_same(identity: Mapping[str, Any]) -> None:
+    ours = json.dumps(identity)
+    theirs = from_first(ours)
+    if changed := differences(json.loads(theirs), json.loads(ours)):
+        raise UsageError(
+            f"process {index()} has other inputs than process 0: {', '.join(changed)}",
+            "give every host the same models, seeds, options and version of pkt",
+        )
+
+
+def _bind(spool: Path, identity: str) -> None:
+    """Keep what is there if it is of this very run; OUT has decided whether it may go."""
+    state = spool / "run.json"
+    with disk_errors(spool):
+        if state.is_file() and state.read_text(encoding="utf-8") == identity:
+            return
+        drop_tensors(spool)
+        for path in spool.iterdir():
+            if path.name != "lock":
+                path.unlink()
+        temporary = state.with_suffix(".tmp")
+        temporary.write_text(identity, encoding="utf-8")
+        temporary.rename(state)
