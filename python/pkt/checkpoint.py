@@ -78,11 +78,31 @@ class Checkpoint:
     unindexed: tuple[str, ...]  #: tensors that the index does not list, left alone
     bytes: int  #: of all tensors
     sha256: str  #: over shard names and headers
+    modified: tuple[int, ...] = ()  #: when each shard was last written to, in ns since the epoch
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of the largest layer."""
         return max(sum(p.bytes for p in layer.values()) for layer in self.layers)
+
+    def state(self) -> dict[str, int]:
+        """When each shard was last written to, by its name inside the folder.
+
+        Headers alone do not tell two sets of weights apart: work that was begun on one must not be
+        continued on another.
+        """
+        names = [str(path.relative_to(self.folder)) for path, _ in self.files]
+        return dict(zip(names, self.modified, strict=True))
+
+    def require_unchanged(self) -> None:
+        """Raise `CheckpointError` if a shard has been written to since its header was read."""
+        for (path, _), modified in zip(self.files, self.modified, strict=True):
+            if path.stat().st_mtime_ns != modified:
+                raise CheckpointError(
+                    f"{path}: expected the file whose header was read, "
+                    "found that it was written to since",
+                    "leave the checkpoint alone while it is in use, and start again",
+                )
 
     def shard_name(self, piece: Piece) -> str:
         """The file that holds ``piece``."""
@@ -140,15 +160,17 @@ def open_checkpoint(folder: Path, layer_count: int) -> Checkpoint:
         raise CheckpointError(f"{folder}: layer {path}.{missing[0]} has no tensor")
     layers = tuple(numbered[path][index] for index in range(layer_count))
     inside = {piece.name for layer in layers for piece in layer.values()}
+    files = tuple((Path(file), size) for file, size in catalogue.files())
     return Checkpoint(
         folder=folder,
-        files=tuple((Path(file), size) for file, size in catalogue.files()),
+        files=files,
         layer_path=path,
         layers=layers,
         outer={piece.name: piece for piece in pieces if piece.name not in inside},
         unindexed=tuple(catalogue.unindexed),
         bytes=sum(piece.bytes for piece in pieces),
         sha256=catalogue.sha256,
+        modified=tuple(path.stat().st_mtime_ns for path, _ in files),
     )
 
 

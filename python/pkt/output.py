@@ -24,7 +24,8 @@ from pkt.workplace import WORK, drop_tensors
 MANIFEST = "pkt_manifest.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report")
 TUNED = (*ADAPTER, "metrics.jsonl")
-_OF_WORK = ("device", "processes")  # what unfinished work depends on, and a result need not name
+#: What unfinished work depends on, and a result need not name.
+_OF_WORK = ("device", "processes", "weights")
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
     *TUNED, "results.json", "results.md", "details", "pkt_run.json",

@@ -74,6 +74,7 @@ class CheckpointSource:
     ) -> None:
         files = [(str(path), size) for path, size in checkpoint.files]
         self._reader = _core.Reader(files, mode, READ_THREADS)
+        checkpoint.require_unchanged()  # from here on the reader itself sees to it
         self._slots, self._dtype, self.device = slots, dtype, device
         self._stream: WeightStream | None = None
         self._handed_out: Generator[dict[str, torch.Tensor]] | None = None

@@ -68,7 +68,8 @@ def run(
     """
     config, place = task.config, torch.device(device)
     dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
-    identity = {**task.identity(), "device": place.type}
+    weights = task.teacher.checkpoint.state()
+    identity = {**task.identity(), "device": place.type, "weights": weights}
     with (
         peak.running(),
         one_thread(_is_small(task)),
