@@ -21,9 +21,9 @@ from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
 from pkt.errors import IncompatibleError, InterruptError, PktError
 from pkt.models import resolve
-from pkt.output import WORK, finished, spool_folder
+from pkt.output import finished, spool_folder
 from pkt.records import Extraction, IoMode
-from pkt.workplace import tensors_of
+from pkt.workplace import WORK, tensors_of
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import UsageError
-from pkt.output import WORK, differences, locked, run_folder, spool_folder
+from pkt.output import differences, locked, run_folder, spool_folder
 from pkt.processes import from_first, index, is_first, wait_for_all
 from pkt.sweep import disk_errors
-from pkt.workplace import drop_tensors
+from pkt.workplace import WORK, drop_tensors
 
 
 @contextlib.contextmanager
