@@ -235,10 +235,25 @@ def load_tokenizer(model: Model) -> Any:
         return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        if not _is_usable(model.folder):  # the tokenizer's class is looked up by the configuration
+            raise IncompatibleError(
+                f"{model.folder}: transformers cannot build this model: {reason}"
+            ) from error
         raise CheckpointError(
             f"{model.folder}: its tokenizer cannot be loaded: {reason}",
             "copy the tokenizer files (tokenizer.json, tokenizer_config.json) beside the model",
         ) from error
+
+
+def _is_usable(folder: Path) -> bool:
+    """Whether transformers makes something of config.json."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:
+        return False
+    return True
 
 
 def _from_hub(source: str, name: str, role: str) -> Path:

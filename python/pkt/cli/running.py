@@ -106,7 +106,7 @@ def perform(
     if not made.run:  # another process speaks for all
         return made
     if made.run["io"] != reading.mode:
-        tell(f"io: {reading.mode} was refused by the file system; {made.run['io']} was used")
+        tell(f"io: {reading.mode} was refused here; {made.run['io']} was used")
     tell("\n" + summary(made, task.teacher.layers))
     return made
 

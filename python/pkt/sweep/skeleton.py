@@ -155,13 +155,15 @@ def build_skeleton(
 
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    odd = (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except odd as error:
         reason = " ".join(str(error).split())[:200]
         where = f"{folder}: transformers cannot build this model"
         raise IncompatibleError(f"{where}: {reason}") from error

@@ -127,14 +127,16 @@ def open_architecture(student: Model) -> Architecture:
 
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    odd = (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError)
     folder: Path = student.folder
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except odd as error:
         reason = " ".join(str(error).split())[:200]
         raise IncompatibleError(
             f"{folder}: transformers cannot build this model: {reason}"
