@@ -7,6 +7,7 @@ belongs to the same run or is made again: a DIR that was emptied costs time, nev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -98,8 +99,8 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
 
 def _elsewhere(folder: Path) -> Iterator[tuple[Path, Path]]:
     """The spools in ``folder`` that have tensor files elsewhere, and where."""
-    for note in sorted(folder.rglob(_NOTE)):
-        if noted := _noted(note.parent):
+    for note in _files(folder):
+        if note.name == _NOTE and (noted := _noted(note.parent)):
             yield note.parent, noted
 
 
@@ -142,6 +143,14 @@ def _device(path: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    """Bytes on the disk below ``folder``."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sum(os.stat(path).st_blocks * 512 for path in files)
+    """Bytes on the disk below ``folder``, where a run may be writing and removing just now."""
+    size = 0
+    for path in _files(folder):
+        with contextlib.suppress(OSError):
+            size += path.lstat().st_blocks * 512
+    return size
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(found)

@@ -187,7 +187,7 @@ def prepare(
     computed = compute_dtype(big, dtype)
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, longest=read.longest,
-        tokens=-(-read.tokens * processes_here // processes),
+        tokens=_tokens_here(read, processes, processes_here),
         budget=budget(max_ram, processes_here), embeddings=embeddings,
         every=checked_every(spool_every), room=room(Path(output_dir), _path(spool_dir)),
         **_records(select),
@@ -306,6 +306,15 @@ def require_fit(plan: Plan) -> None:
                 f"{plan.spool_every}), and its disk has {format_bytes(disk.free_bytes)} free",
                 _more_room(plan),
             )
+
+
+def _tokens_here(seeds: SampleSet, processes: int, here: int) -> int:
+    """The most tokens that ``here`` of the processes have together."""
+    from pkt.processes import balanced
+
+    lengths = [len(sample.tokens) for sample in seeds.samples]
+    shares = (sum(lengths[item] for item in part) for part in balanced(lengths, processes))
+    return sum(sorted(shares)[-here:])
 
 
 def _more_room(plan: Plan) -> str:

@@ -68,7 +68,7 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
         ("slots", slots),
         ("scores held", scores[plan.scores]),
         ("to read", to_read),
-        ("layer inputs kept", _kept_inputs(plan)),
+        ("layer inputs kept", kept_inputs(plan)),
         *_disk_rows(plan),
         ("adapter", format_bytes(plan.adapter_bytes)),
     ]
@@ -82,7 +82,8 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
     return f"plan\n{table}\n{aligned(rows, indent=2)}"
 
 
-def _kept_inputs(plan: Plan) -> str:
+def kept_inputs(plan: Plan) -> str:
+    """How many layers' inputs are on the disk at once, and what that costs."""
     if plan.spool_every == 1:
         return "of every layer"
     kept = f"of one layer in {plan.spool_every} (--spool-every)"
