@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import IncompatibleError, OutputError
+from pkt.workplace import WORK, drop_tensors
 
-WORK = ".work"
 MANIFEST = "pkt_manifest.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report")
 TUNED = (*ADAPTER, "metrics.jsonl")
@@ -41,7 +41,8 @@ def finished(
         return None
     manifest = _manifest_of(folder, identity)
     if manifest is not None and (folder / WORK).is_dir():  # killed while it was cleaning up:
-        shutil.rmtree(folder / WORK, ignore_errors=True)  # the manifest is written last
+        drop_tensors(folder / WORK)  # the manifest is written last
+        shutil.rmtree(folder / WORK, ignore_errors=True)
     return manifest
 
 
@@ -96,6 +97,7 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
             _claim(folder, work, identity, overwrite)
             yield work
     except IncompatibleError:  # a family that cannot be swept: nothing here is worth keeping
+        drop_tensors(work)
         shutil.rmtree(work, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -129,6 +131,7 @@ def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(folder / name)
+    drop_tensors(folder / WORK)
     shutil.rmtree(folder / WORK)
 
 
@@ -148,6 +151,7 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
                 f"{folder}: an unfinished run with other inputs is there; changed: {changed}",
                 "repeat its command to continue it, choose another -o, or add --overwrite",
             )
+        drop_tensors(work)
         for path in work.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

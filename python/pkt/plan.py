@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pkt.checkpoint import DTYPE_BYTES
-from pkt.config import MIB
+from pkt.config import LOGIT_ELEMENTS, MIB
 from pkt.models import Model
 from pkt.projections import Pair
-from pkt.records import Plan, PlanPart
+from pkt.records import Plan, PlanPart, Room
+from pkt.schedule import peak_boundaries, schedule, turns
 
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
 BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
-LOGIT_ELEMENTS = 1 << 23  # as in the sweep: logits made at once
 
 
 def make_plan(
@@ -34,6 +34,8 @@ def make_plan(
     masks: bool = False,
     crossed: bool = False,
     sums: bool = False,
+    every: int | None = None,
+    room: Room | None = None,
 ) -> Plan:
     """The plan of an extraction.
 
@@ -50,6 +52,9 @@ def make_plan(
         masks: whether single weights are chosen, whose bit masks are kept.
         crossed: whether rows and columns are chosen one by one: the columns between are read too.
         sums: whether the records of all layers, held to the end, keep row and column sums.
+        every: every k-th layer's inputs are kept on the disk; ``None``: the smallest k that the
+            disk has room for.
+        room: what the disks have free; ``None``: enough.
 
     Returns:
         the plan with the fastest setting (slots, scores) that fits, or the smallest if none does.
@@ -109,12 +114,22 @@ def make_plan(
     while slots < teacher.layers and _total(parts(slots + 1, matrix)) <= budget[0]:
         slots += 1
     block = tokens * teacher.hidden_size * item
-    spool = (teacher.layers + 3) * block
-    if matrix:
-        spool += tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item
+    crossing = tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item if matrix else 0
     if masks:
-        spool += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
-    spool += records
+        records += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
+
+    def spool(every: int) -> int:
+        return peak_boundaries(teacher.layers, every, embeddings) * block + crossing
+
+    choices = range(1, teacher.layers + 1)
+    least = min(choices, key=spool) if room else 1
+    if every is None:
+        free = _spool_room(room, records + adapter)
+        every = next((k for k in choices if free is None or spool(k) <= free), least)
+    steps = schedule(teacher.layers, every, last=embeddings)
+    uses = [step.layer for step in steps if step.kind in ("forward", "backward")]
+    again = sum(step.kind == "forward" and step.again for step in steps)
+    products = 2 * tokens * sum(p.elements for p in matrices)  # of one layer, one way
     return Plan(
         budget_bytes=budget[0],
         budget_source=budget[1],
@@ -122,10 +137,23 @@ def make_plan(
         smallest_bytes=-(-sizes[smallest] // MIB) * MIB,
         slots=slots,
         scores="matrix" if matrix else "layer",
-        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums, slots),
-        spool_bytes=spool,
+        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums, uses, slots),
+        spool_bytes=spool(every),
+        record_bytes=records,
+        spool_every=every,
+        recomputed_layers=again,
+        flop=(4 * teacher.layers + again) * products + 4 * tokens * head.elements,
         adapter_bytes=adapter,
+        room=room,
+        least_spool=(least, spool(least)),
     )
+
+
+def _spool_room(room: Room | None, others: int) -> int | None:
+    """Bytes that the spool may take; ``None``: as many as it likes."""
+    if room is None:
+        return None
+    return room.spool_free - (others if room.shared else 0)
 
 
 def _total(parts: Iterable[PlanPart]) -> int:
@@ -190,10 +218,12 @@ def _read_bytes(
     embeddings: bool,
     crossed: bool,
     listed: bool,
+    uses: Sequence[int],
     slots: int,
 ) -> int:
     sizes = [sum(p.bytes for p in layer.values()) for layer in teacher.checkpoint.layers]
-    layers = 2 * sum(sizes) - sum(sizes[-slots:])  # those are in memory at the turn
+    kept = turns(uses, slots)  # those are still in memory where the order turns round
+    layers = sum(sizes[i] for i, held in zip(uses, kept, strict=True) if held is None)
     ends = (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
     item = DTYPE_BYTES[(teacher.checkpoint.dtypes() or ["F32"])[0]]
     widths = [p.teacher.in_features if crossed else p.student.in_features for p in pairs]

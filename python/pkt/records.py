@@ -156,6 +156,26 @@ class PlanPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What the disks have free for a run, in bytes, what it holds there already included."""
+
+    output_dir: str
+    output_free: int
+    spool_dir: str | None  #: as given; None: the spool lies in OUT/.work
+    spool_free: int
+    shared: bool  #: both on one disk
+
+
+@dataclass(frozen=True, slots=True)
+class DiskNeed:
+    """What a run has on one disk at its largest, and what that disk has room for."""
+
+    folder: str
+    bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a run will hold, read and write, worked out from headers alone."""
 
@@ -166,8 +186,14 @@ class Plan:
     slots: int  #: layer slots: 1 reads and computes in turn, 2 reads ahead
     scores: Literal["layer", "matrix"]  #: resident for a whole layer, or one matrix at a time
     read_bytes: int  #: from the teacher, both passes and the windows
-    spool_bytes: int  #: largest size of OUT/.work
+    spool_bytes: int  #: largest size of the spool: hidden states and gradients, X and dY
     adapter_bytes: int
+    record_bytes: int = 0  #: what finished layers leave in OUT/.work, wherever the spool lies
+    spool_every: int = 1  #: every k-th layer's inputs are kept on the disk
+    recomputed_layers: int = 0  #: run forward once more, as their inputs were not kept
+    flop: int = 0  #: multiplications and additions of the sweep, attention not counted
+    room: Room | None = None  #: None: not asked for
+    least_spool: tuple[int, int] = (1, 0)  #: the k whose spool is the smallest, and its bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -176,6 +202,21 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def disks(self) -> tuple[DiskNeed, ...]:
+        """The disk of the spool, then that of OUT where it is another one."""
+        if self.room is None:
+            return ()
+        room, kept = self.room, self.record_bytes + self.adapter_bytes
+        work = f"{room.output_dir}/.work"
+        place = room.spool_dir or work
+        if room.shared:
+            return (DiskNeed(place, self.spool_bytes + kept, room.spool_free),)
+        return (
+            DiskNeed(place, self.spool_bytes, room.spool_free),
+            DiskNeed(work, kept, room.output_free),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,12 @@ class LayerScores:
         self._small: dict[str, torch.Tensor] = {}
         self._totals: dict[str, float] = {}
 
+    def begin_layer(self, layer: int) -> None:
+        """Forget what was seen of a layer that was given up."""
+        self._used = 0
+        for seen in (self._scores, self._small, self._totals):
+            seen.clear()
+
     def linear(self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> bool:
         """Score one sample of y = xWᵀ: x (n, in), dy (n, out)."""
         scores = self._scores.get(module)

@@ -19,6 +19,7 @@ import torch
 from pkt import _core
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.config import READ_THREADS
+from pkt.schedule import turns
 
 PAGE = 4096  # O_DIRECT wants memory and file offsets that agree modulo this
 
@@ -77,7 +78,7 @@ class CheckpointSource:
         self._slots, self._dtype, self.device = slots, dtype, device
         self._stream: WeightStream | None = None
         self._handed_out: Generator[dict[str, torch.Tensor]] | None = None
-        self._counts: dict[str, Any] = {"bytes": 0, "read_seconds": 0.0}
+        self._counts: dict[str, Any] = {"bytes": 0, "read_seconds": 0.0}  # of closed streams
         self.slot_bytes = max(layout(list(p.values())).bytes for p in checkpoint.layers)
 
     @property
@@ -93,7 +94,11 @@ class CheckpointSource:
     def jobs(
         self, labels: Sequence[tuple[str, dict[str, Piece]]]
     ) -> Generator[dict[str, torch.Tensor]]:
-        """The weights of each job in order, valid until the next is asked for."""
+        """The weights of each job in order, valid until the next is asked for.
+
+        A stream that is still open ends: its weights are valid no more.
+        """
+        self.close()
         jobs = [Job(label, pieces) for label, pieces in labels]
         self._stream = WeightStream(
             self._reader, jobs, self._slots, self.slot_bytes, self._dtype, self.device
@@ -121,16 +126,20 @@ class CheckpointSource:
 
     def counts(self) -> dict[str, Any]:
         """Bytes and seconds of the stream, and the bytes read out of turn."""
-        counts = self._stream.counts() if self._stream else self._counts
+        counts = _sum(self._counts, self._stream.counts()) if self._stream else self._counts
         return {**counts, "bytes_out_of_turn": self._reader.bytes}
 
     def close(self) -> None:
         """Stop reading ahead and give the slots' memory back."""
         if self._stream and self._handed_out:
             self._handed_out.close()  # on CUDA its thread may be waiting for the stream
-            self._counts = self._stream.counts()
+            self._counts = _sum(self._counts, self._stream.counts())
             self._stream.close()
             self._stream = None
+
+
+def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {name: one.get(name, 0) + value for name, value in other.items()}
 
 
 class WeightStream:
@@ -232,24 +241,6 @@ class WeightStream:
                     tensor.record_stream(torch.cuda.current_stream(self._device))
                 ahead = pool.submit(fetch, use + 1)
                 yield tensors
-
-
-def turns(order: Sequence[Any], slots: int) -> list[int | None]:
-    """For each use the earlier one whose slot still holds it, or ``None``: it must be read.
-
-    Where two equal jobs meet, the order turns round: …, a, b, c, c, b, a, … As many of them as
-    there are slots stay where they are until their second use.
-    """
-    kept: list[int | None] = [None] * len(order)
-    for last in range(len(order) - 1):
-        for far in range(slots):
-            first, second = last - far, last + 1 + far
-            if first < 0 or second == len(order) or order[first] != order[second]:
-                break
-            if kept[first] is not None:
-                break  # it is given up after its second use
-            kept[second] = first
-    return kept
 
 
 def _views(

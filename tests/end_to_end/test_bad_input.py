@@ -314,18 +314,25 @@ def from_process(done: subprocess.CompletedProcess[str]) -> Result:
 def isolated(
     place: Path, before: str, option: str, command: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run where ``place`` is a small file system of its own; 1 where the host does not let us."""
+    """Run where ``place`` is a small file system of its own; 1 where the host does not let us.
+
+    ``option`` is rw, ro, or full: others fill it as soon as the run has kept a layer's inputs.
+    """
     script = (
-        f"mount -t tmpfs -o size=600k none {place} && {before.format(place=place)} && "
-        f"{{ [ {option} = rw ] || mount -o remount,ro {place}; }} || exit 1; "
-        f'"$@"; code=$?; find {place} -type f -size +0 -not -path "*/.work/*" >&2; exit $code'
+        f"mount -t tmpfs -o size=4m none {place} && {before.format(place=place)} && "
+        f"{{ [ {option} != ro ] || mount -o remount,ro {place}; }} || exit 1; "
+        f'"$@" & run=$!; while [ {option} = full ] && kill -0 $run 2>/dev/null; do '
+        f"[ ! -e {place}/out/.work/spool/input-00001.bin ] && [ ! -e {place}/others ] || "
+        f"dd if=/dev/zero bs=4k of={place}/others oflag=append conv=notrunc 2>/dev/null; "
+        f"sleep 0.05; done; wait $run; code=$?; rm -f {place}/others; "
+        f'find {place} -type f -size +0 -not -path "*/.work/*" >&2; exit $code'
     )
     words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
     return plain([*words, *(command or ["true"])])
 
 
 def test_a_full_disk_and_then_room(inputs: Inputs, tmp_path: Path) -> None:
-    """ENOSPC on a file system of 600 KiB; where none can be mounted, EFBIG of a limited process."""
+    """ENOSPC on a small file system; where none can be mounted, EFBIG of a limited process."""
     place = tmp_path / "place"
     place.mkdir()
     out = place / "out"
@@ -333,7 +340,7 @@ def test_a_full_disk_and_then_room(inputs: Inputs, tmp_path: Path) -> None:
     long = Inputs(inputs.teacher, inputs.student, write_seeds(tmp_path / "long.jsonl", texts))
     command = extract_words(long, out)
     if isolated(place, "true", "rw").returncode == 0:
-        ended = from_process(isolated(place, "true", "rw", command))
+        ended = from_process(isolated(place, "true", "full", command))
         assert "the disk is full" in ended.error
         assert "run the same command again" in ended.hint
     else:

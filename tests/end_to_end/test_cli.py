@@ -426,15 +426,24 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, dict[str, by
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "at"),
-    [(signal.SIGINT, 130, b"forward  3/"), (signal.SIGTERM, 143, b"backward 2/")],
+    ("number", "code", "at", "spool"),
+    [
+        (signal.SIGINT, 130, b"forward  3/", []),
+        (signal.SIGTERM, 143, b"backward 2/", ["--spool-every", "2", "--spool-dir"]),
+    ],
 )
 def test_a_signal_keeps_finished_layers_and_the_command_continues(
-    slow: tuple[Inputs, dict[str, bytes]], tmp_path: Path, number: int, code: int, at: bytes
+    slow: tuple[Inputs, dict[str, bytes]],
+    tmp_path: Path,
+    number: int,
+    code: int,
+    at: bytes,
+    spool: list[str],
 ) -> None:
     inputs, whole = slow
-    out = tmp_path / "an out"
+    out, scratch = tmp_path / "an out", tmp_path / "scratch"
     arguments = ["extract", *map(str, inputs.options()), "-o", str(out), *SLOW]
+    arguments += [*spool, str(scratch)] if spool else []
     command = [sys.executable, "-m", "pkt", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
@@ -452,6 +461,9 @@ def test_a_signal_keeps_finished_layers_and_the_command_continues(
     assert counts[1::2] == [6, 6]
     assert counts[0] >= 3 if number == signal.SIGINT else counts[0] == 6
     assert counts[2] == 0 if number == signal.SIGINT else counts[2] >= 2
+    kept = ended.error.partition(" kept in ")[2].split(" and ")
+    assert kept[0] == str(out / ".work")
+    assert [Path(folder).parent for folder in kept[1:]] == ([scratch] if spool else [])
     words = shlex.split(ended.hint.removeprefix("continue with: "))
     assert words == ["pkt", *arguments]
     again = pkt(*words[1:])

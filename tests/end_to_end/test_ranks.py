@@ -28,6 +28,7 @@ import pkt
 import runs
 from pkt.api import prepare
 from pkt.errors import OutputError, UsageError
+from pkt.processes import balanced
 from test_extract import build_pair, write_seeds
 
 torch.set_num_threads(1)
@@ -92,9 +93,9 @@ class Case:
         found = self.ranks.run(*self.paths, outs=outs, **{**OPTIONS, **options})
         return [(code, text if code else "") for code, text in found]
 
-    def stop(self, out: Path, reached: Callable[[], bool]) -> None:
+    def stop(self, out: Path, reached: Callable[[], bool], **options: Any) -> None:
         """Kill both processes once ``reached``; the run may have ended before."""
-        processes = self.ranks.start(*self.paths, outs=[out, out], **OPTIONS)
+        processes = self.ranks.start(*self.paths, outs=[out, out], **{**OPTIONS, **options})
         until = time.monotonic() + 60
         while not reached() and time.monotonic() < until:
             time.sleep(0.001)
@@ -225,6 +226,41 @@ def test_each_host_may_have_a_disk_of_its_own(case: Case, tmp_path: Path) -> Non
     assert not there.exists(), "the other host keeps nothing"
     assert case.run(here, there) == [(0, "")] * 2, "finished already"
     assert not there.exists()
+
+
+def test_each_process_has_a_part_of_its_own_in_a_spool_elsewhere(
+    case: Case, tmp_path: Path
+) -> None:
+    """One process loses its part, and k is not the same for all: each host's disk decides."""
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    spool = out / ".work" / "spool"
+    case.stop(
+        out, lambda: len([*spool.glob("rank-*/layer-*.json")]) >= 3,
+        spool_dir=str(scratch), spool_every=3,
+    )  # fmt: skip
+    assert not [*spool.rglob("*.bin")]
+    owners = {
+        json.loads((folder / "owner.json").read_text())["spool"]: folder
+        for folder in scratch.iterdir()
+    }
+    assert owners.keys() == {str(spool / "rank-0"), str(spool / "rank-1")}
+    shutil.rmtree(owners[str(spool / "rank-1")])
+    assert case.run(out, spool_dir=str(scratch), spool_every=[2, 3]) == [(0, "")] * 2
+    assert runs.contents(out) == case.whole
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_host_plans_the_disk_of_its_processes(case: Case) -> None:
+    plans = [
+        prepare(*map(str, case.paths), **OPTIONS, spool_every=1, processes=2, processes_here=here)
+        for here in (1, 2)
+    ]
+    one, both = (task.plan.spool_bytes for task in plans)
+    assert both == prepare(*map(str, case.paths), **OPTIONS, spool_every=1).plan.spool_bytes
+    lengths = [len(sample.tokens) for sample in plans[0].seeds.samples]
+    larger = max(sum(lengths[item] for item in part) for part in balanced(lengths, 2))
+    assert larger > sum(lengths) / 2, "the seeds do not divide evenly"
+    assert one / both == pytest.approx(larger / sum(lengths))
 
 
 def test_a_spool_of_another_run_is_not_used(case: Case, tmp_path: Path) -> None:

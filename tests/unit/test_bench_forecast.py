@@ -76,6 +76,42 @@ def test_boundaries_are_written_once_and_read_again_unless_cached() -> None:
     assert seconds(large, PACE)["backward"] == pytest.approx(26 + 1.5)
 
 
+def test_segments_are_run_forward_once_more() -> None:
+    """Of 10 layers every 4th: 0–3 and 4–7 again but for 3 and 7, the slots' turn counted."""
+    work = replace(WORK, every=4)
+    assert work.again == 2 * 3
+    # 9 and 8 stay in the slots at the turn; at those of the segments 6 and 2, beside 7 and 3.
+    assert (work.again_reads, work.backward_reads) == (6, 2 * 3)
+    assert work.read_bytes == WORK.read_bytes + (12 - 8) * work.layer_bytes
+    assert work.flop - WORK.flop == 2 * 6 * GB * 512
+    found = seconds(work, PACE)
+    assert found["forward"] == seconds(WORK, PACE)["forward"]
+    assert found["again"] == pytest.approx(12 + 0.5)
+    assert found["backward"] == pytest.approx(15)
+    assert seconds(work, replace(PACE, backward=0.5))["backward"] == pytest.approx(12 + 0.5)
+    assert seconds(replace(work, slots=1), PACE)["again"] == pytest.approx(12 + 3)
+    assert "again" not in seconds(WORK, PACE)
+    assert "again" not in seconds(replace(WORK, every=10), PACE), "one segment is kept whole"
+
+
+def test_a_segment_that_the_page_cache_holds_is_read_once() -> None:
+    """The layer before each turn is not run again, so it is read for the backward pass."""
+    work = replace(WORK, every=4, segment_cached=True)
+    assert (work.again_reads, work.backward_reads) == (6, 2)
+    assert seconds(work, PACE)["backward"] == pytest.approx(15)
+    whole = replace(work, cached_bytes=16 * GB)  # all that is read again
+    assert whole.read_bytes == (20 + 1 + 3) * GB
+    assert seconds(whole, PACE)["again"] == pytest.approx(3)
+    assert replace(whole, cached_bytes=99 * GB).read_bytes == whole.read_bytes
+
+
+def test_boundaries_of_segments_are_written_again() -> None:
+    work = replace(WORK, every=4, boundary_bytes=GB)
+    assert work.spooled_bytes == (10 + 6) * GB
+    assert seconds(work, PACE)["again"] == pytest.approx(12 + 6 + 0.5)
+    assert replace(work, boundaries_cached=False).spooled_bytes == (10 + 6 + 10) * GB
+
+
 def test_what_reading_asks_of_the_cores_adds_to_the_arithmetic() -> None:
     busy = replace(PACE, forward=3.0, reading_work=0.5 / GB)
     forward = next(p for p in forecast(WORK, busy).phases if p.name == "forward")
@@ -96,17 +132,24 @@ def test_the_limit_is_the_larger_side() -> None:
     assert limit_seconds(WORK, 1e12, 1e12, 50e9) == pytest.approx(flop / 1e12 + scoring)
 
 
-def test_work_is_read_off_headers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_work_is_read_off_headers(every: int, tmp_path: Path) -> None:
     from commands import build_inputs
     from pkt import api
 
     inputs = build_inputs(tmp_path)
     seeds = assumed_seeds(3, 7, 128)
-    task = api.prepare(str(inputs.teacher), str(inputs.student), seeds, max_ram="2GiB")
+    paths = str(inputs.teacher), str(inputs.student)
+    task = api.prepare(*paths, seeds, max_ram="2GiB", spool_every=every)
     work, layer = work_of(task, "direct", 4 << 30), task.teacher.checkpoint.layers[0]
     assert (work.layers, work.seeds, work.tokens, work.loss_tokens) == (4, 3, 21, 18)
     assert work.layer_bytes == sum(piece.bytes for piece in layer.values())
     assert work.read_bytes == task.plan.read_bytes
+    assert work.again == task.plan.recomputed_layers == {1: 0, 2: 1, 3: 2}[every]
+    less = str(task.plan.peak_bytes - 1)  # a slot less
+    tight = replace(task, plan=api.prepare(*paths, seeds, max_ram=less, spool_every=every).plan)
+    assert tight.plan.slots == task.plan.slots - 1
+    assert work_of(tight, "direct", 4 << 30).read_bytes == tight.plan.read_bytes
     assert work.boundary_bytes == 21 * 48 * 4
     assert work.boundaries_cached
     assert not work_of(task, "direct", 0).boundaries_cached

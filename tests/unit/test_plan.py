@@ -10,11 +10,12 @@ import pytest
 
 import pkt
 import runs
-from pkt.errors import UsageError
+from pkt.api import require_fit
+from pkt.errors import BudgetError, UsageError
 from pkt.models import Model, open_model
 from pkt.plan import make_plan
 from pkt.projections import match
-from pkt.records import Plan
+from pkt.records import Plan, Room
 from test_extract import build_pair, write_seeds
 
 GIB = 1 << 30
@@ -109,7 +110,7 @@ def test_a_matrix_at_a_time_needs_disk(pair: tuple[Model, Model]) -> None:
     assert small.scores == "matrix"
     assert small.spool_bytes > large.spool_bytes
     depth, width, tokens = pair[0].layers, pair[0].hidden_size, 3200
-    assert large.spool_bytes >= (depth + 1) * tokens * width * 2
+    assert large.spool_bytes == (depth + 2) * tokens * width * 2
 
 
 def test_what_grows_and_what_does_not(pair: tuple[Model, Model]) -> None:
@@ -118,7 +119,7 @@ def test_what_grows_and_what_does_not(pair: tuple[Model, Model]) -> None:
     assert planned(pair, tokens=6400).spool_bytes > base.spool_bytes
     assert planned(pair, longest=2000).peak_bytes > base.peak_bytes
     assert planned(pair, rank=32).adapter_bytes > base.adapter_bytes
-    assert planned(pair, masks=True).spool_bytes > base.spool_bytes
+    assert planned(pair, masks=True).record_bytes > base.record_bytes == 0
     assert planned(pair, dtype="F32").peak_bytes > base.peak_bytes
 
 
@@ -129,7 +130,7 @@ def test_sums_of_every_layer_are_held_and_kept(pair: tuple[Model, Model]) -> Non
     size = pytest.approx(3 * numbers * 8 * 4 / 3, abs=100)
     assert part(sums, "sums of every layer") == size
     assert sums.peak_bytes - base.peak_bytes == size
-    assert sums.spool_bytes - base.spool_bytes == size
+    assert sums.record_bytes - base.record_bytes == size
 
 
 def test_crossed_rows_and_columns_read_the_columns_between(pair: tuple[Model, Model]) -> None:
@@ -176,19 +177,88 @@ def test_reading_of_crossed_windows_stays_within_the_plan(select: Any, tmp_path:
     assert 0.9 * task.plan.read_bytes < read < task.plan.read_bytes + 4 * norm
 
 
-def test_the_work_folder_stays_within_the_plan(tmp_path: Path) -> None:
-    teacher, student = build_pair(tmp_path, "llama", "llama")
-    seeds = write_seeds(tmp_path / "seeds.jsonl", count=40)
-    task = pkt.api.prepare(str(teacher), str(student), seeds, rank=4, limit=0)
-    out, sizes = tmp_path / "out", []
+@pytest.mark.parametrize(
+    ("every", "slots"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (3, 3), (4, 2), (9, 2)]
+)
+def test_the_work_folder_stays_within_the_plan(every: int, slots: int, tmp_path: Path) -> None:
+    """Disk, reading and steps are those of the run, whatever k and the slots."""
+    big = {"layers": 7}
+    paths = (
+        *map(str, build_pair(tmp_path, "llama", "llama", big=big, tied=False)),
+        write_seeds(tmp_path / "seeds.jsonl", count=40),
+    )
+    options: dict[str, Any] = {"rank": 4, "limit": 0, "spool_every": every}
+    whole = pkt.api.prepare(*paths, **options).plan
+    assert whole.slots == 7
+    budget = whole.peak_bytes - (7 - slots) * part(whole, "layer slots") // 7
+    task = pkt.api.prepare(*paths, **options, max_ram=str(budget))
+    assert task.plan.slots == slots
+    out, sizes, phases = tmp_path / "out", [], []
 
     def notify(phase: str, done: int, total: int) -> None:
+        phases.append(phase)
         files = [path for path in (out / ".work" / "spool").iterdir() if path.suffix == ".bin"]
         sizes.append(sum(path.stat().st_size for path in files))
 
     with runs.pictureless():
-        pkt.api.execute(task, out, notify=notify)
-    assert 0.5 * task.plan.spool_bytes < max(sizes) <= task.plan.spool_bytes
+        made = pkt.api.execute(task, out, notify=notify, io="mmap")
+    block = task.seeds.tokens * 48 * 4
+    assert task.plan.spool_bytes - 2 * block < max(sizes) + block <= task.plan.spool_bytes
+    assert phases.count("again") == task.plan.recomputed_layers
+    assert made.run["bytes_read"] == pytest.approx(task.plan.read_bytes, abs=7 * 48 * 4)
+
+
+def room(spool: int, out: int | None = None) -> Room:
+    """So much free on the disk of the spool; OUT on the same one, or with its own room."""
+    shared = out is None
+    return Room("OUT", spool if out is None else out, None if shared else "DIR", spool, shared)
+
+
+def test_the_smallest_k_that_the_disk_has_room_for(tmp_path: Path) -> None:
+    small = sparse(tmp_path / "s", 2, 1024, 2048, 8)
+    pair = sparse(tmp_path / "t", 40, 2048, 5504, 16), small
+    block = 3200 * 2048 * 2
+    whole = planned(pair, room=room(1 << 50))
+    assert whole.spool_every == 1
+    assert whole.spool_bytes == 42 * block
+    kept = whole.record_bytes + whole.adapter_bytes
+    for every in (1, 2, 3, 4, 5):
+        needed = planned(pair, every=every, room=room(1 << 50)).spool_bytes
+        exact = planned(pair, room=room(needed + kept))
+        assert (exact.spool_every, exact.spool_bytes) == (every, needed)
+        less = planned(pair, room=room(needed + kept - 1))
+        assert less.spool_every != every
+        apart = planned(pair, room=room(needed, kept))  # the spool on a disk of its own
+        assert apart.spool_every == every
+        assert [disk.bytes for disk in apart.disks] == [needed, kept]
+        assert [disk.folder for disk in apart.disks] == ["DIR", "OUT/.work"]
+    half = planned(pair, every=2, room=room(1 << 50))
+    assert half.recomputed_layers == 19
+    assert half.flop / whole.flop == pytest.approx(1 + 19 / 160, rel=0.01)
+    assert half.read_bytes > whole.read_bytes
+
+
+def test_a_disk_too_small_for_any_k_is_refused_with_numbers(tmp_path: Path) -> None:
+    small = sparse(tmp_path / "s", 2, 1024, 2048, 8)
+    pair = sparse(tmp_path / "t", 40, 2048, 5504, 16), small
+    plan = planned(pair, room=room(1 << 20))
+    every, least = plan.least_spool
+    assert plan.spool_every == every
+    assert plan.spool_bytes == least
+    assert least == min(
+        planned(pair, every=k, room=room(1 << 50)).spool_bytes for k in range(1, 41)
+    )  # fmt: skip
+    with pytest.raises(BudgetError, match=r"its disk has 1\.00 MiB free") as caught:
+        require_fit(plan)
+    assert f"with --spool-every {every}: make room" in str(caught.value.hint)
+    kept = plan.record_bytes + plan.adapter_bytes
+    asked = planned(pair, every=1, room=room(least + kept))
+    with pytest.raises(BudgetError, match=r"this run writes .* \(--spool-every 1\)") as caught:
+        require_fit(asked)
+    assert str(caught.value.hint).startswith(f"--spool-every {every} needs ")
+    require_fit(planned(pair, room=room(least + kept)))
+    with pytest.raises(BudgetError, match=r"OUT/\.work: this run writes"):
+        require_fit(planned(pair, room=room(least, kept - 1)))
 
 
 def test_inspect_plans_without_a_student_and_names_what_is_wrong(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pkt.records import (
     Split,
     Template,
 )
+from pkt.workplace import room
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -43,6 +44,8 @@ def inspect(
     seeds: int = 32,
     tokens: int = 2048,
     select: Select = "window",
+    spool_dir: str | Path | None = None,
+    spool_every: int | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Inspection:
     """Families, shapes, what fits what, and the plan of a run, from headers alone.
@@ -61,6 +64,9 @@ def inspect(
         seeds: number of seeds assumed.
         tokens: length of a seed assumed.
         select: strategy; each has its own needs of disk, and ``consistent`` of shapes.
+        spool_dir: where the spool would lie; ``None``: below an output folder on the disk of the
+            current one.
+        spool_every: every k-th layer's inputs are kept there; ``None``: the smallest k that fits.
         aliases: table of aliases; ``None`` for the built-in one.
 
     Raises:
@@ -85,6 +91,7 @@ def inspect(
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
         longest=tokens, budget=budget(max_ram), embeddings=embeddings,
+        every=checked_every(spool_every), room=room(Path("OUT"), _path(spool_dir)),
         **_records(select),
     )  # fmt: skip
     notes = [f"{seeds} seeds of {tokens} tokens assumed"]
@@ -120,15 +127,18 @@ def prepare(
     max_ram: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
+    spool_dir: str | Path | None = None,
+    spool_every: int | None = None,
+    output_dir: str | Path = "OUT",
     processes: int = 1,
     processes_here: int = 1,
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything an extraction needs and plan it; no weight is read.
 
-    ``seeds`` is a JSONL file, or samples that are tokens already. torchrun has started the
-    ``processes`` that share the seeds, ``processes_here`` of them on this host, whose memory they
-    share.
+    ``seeds`` is a JSONL file, or samples that are tokens already. ``output_dir`` is that of
+    `execute`: the plan asks its disk for room. torchrun has started the ``processes`` that share
+    the seeds, ``processes_here`` of them on this host, whose memory and disk they share.
 
     Raises:
         IncompatibleError: teacher and student do not fit (every reason, a line each).
@@ -176,8 +186,10 @@ def prepare(
         )
     computed = compute_dtype(big, dtype)
     plan = make_plan(
-        big, small, pairs, dtype=computed, rank=rank, tokens=read.tokens, longest=read.longest,
+        big, small, pairs, dtype=computed, rank=rank, longest=read.longest,
+        tokens=_tokens_here(read, processes, processes_here),
         budget=budget(max_ram, processes_here), embeddings=embeddings,
+        every=checked_every(spool_every), room=room(Path(output_dir), _path(spool_dir)),
         **_records(select),
     )  # fmt: skip
     config = Config(
@@ -223,7 +235,7 @@ def extract(
 
     """
     return execute(
-        prepare(teacher, student, seeds, **options), Path(output_dir),
+        prepare(teacher, student, seeds, output_dir=output_dir, **options), Path(output_dir),
         io=io, device=device, overwrite=overwrite, notify=notify,
     )  # fmt: skip
 
@@ -278,7 +290,7 @@ def reading(task: Task, io: IoMode = "auto", *, measured: bool = True) -> Readin
 
 
 def require_fit(plan: Plan) -> None:
-    """Raise `BudgetError` with the smallest setting unless the plan fits."""
+    """Raise `BudgetError` with the smallest setting unless the plan fits memory and disks."""
     from pkt.config import MIB, format_bytes
 
     if not plan.fits:
@@ -287,6 +299,48 @@ def require_fit(plan: Plan) -> None:
             f"allows {format_bytes(plan.budget_bytes)}",
             f"the smallest setting that fits is --max-ram {plan.smallest_bytes // MIB}MiB",
         )
+    for disk in plan.disks:
+        if disk.bytes > disk.free_bytes:
+            raise BudgetError(
+                f"{disk.folder}: this run writes {format_bytes(disk.bytes)} there (--spool-every "
+                f"{plan.spool_every}), and its disk has {format_bytes(disk.free_bytes)} free",
+                _more_room(plan),
+            )
+
+
+def _tokens_here(seeds: SampleSet, processes: int, here: int) -> int:
+    """The most tokens that ``here`` of the processes have together."""
+    from pkt.processes import balanced
+
+    lengths = [len(sample.tokens) for sample in seeds.samples]
+    shares = (sum(lengths[item] for item in part) for part in balanced(lengths, processes))
+    return sum(sorted(shares)[-here:])
+
+
+def _more_room(plan: Plan) -> str:
+    """What makes a spool fit that does not."""
+    from pkt.config import format_bytes
+
+    every, least = plan.least_spool
+    assert plan.room is not None
+    others = plan.disks[0].bytes - plan.spool_bytes  # on the disk of the spool
+    if least + others <= plan.room.spool_free and plan.spool_bytes > least:
+        return f"--spool-every {every} needs {format_bytes(least + others)}"
+    return (
+        f"the least is {format_bytes(least + others)}, with --spool-every {every}: make room, name "
+        "another disk with --spool-dir, or take fewer or shorter seeds (--limit, --max-tokens)"
+    )
+
+
+def checked_every(every: int | None) -> int | None:
+    """``spool_every`` as given; raises `UsageError` unless it is 1 or more."""
+    if every is not None and every < 1:
+        raise UsageError(f"--spool-every {every}: expected auto, or 1 or more")
+    return every
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def check_device(device: str) -> None:

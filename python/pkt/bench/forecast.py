@@ -5,8 +5,9 @@ Reading overlaps with arithmetic where layers are read ahead, so a pass of L lay
     max(L·c + d, L·d + c)        c seconds of arithmetic and scoring a layer, d of reading it,
 
 which is the slower side and one layer of the other; in turn it takes L·(c + d). Layers that the
-slots hold when the order turns round are not read again. Arithmetic and scoring share the cores
-and add; so does what reading itself asks of them, in copies out of the page cache.
+slots hold when the order turns round are not read again; with --spool-every K each segment but the
+last is read and run forward once more, by the steps of the sweep itself. Arithmetic and scoring
+share the cores and add; so does what reading itself asks of them, in copies out of the page cache.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from pkt.schedule import Step, schedule, turns
 
 Bound = Literal["disk", "arithmetic and scoring", "factors"]
 
@@ -35,13 +38,37 @@ class Work:
     ends_bytes: int  #: embedding and head
     window_bytes: int  #: read again for the factors
     boundary_bytes: int  #: a layer's inputs, all seeds: written once, read again in the backward
-    boundaries_cached: bool  #: whether the page cache holds the boundaries of all layers
-    cached_bytes: int = 0  #: of the layers, what the page cache still holds for the backward pass
+    boundaries_cached: bool  #: whether the page cache holds all that are kept at once
+    cached_bytes: int = 0  #: of the layers, what the page cache holds when the order first turns
+    every: int = 1  #: every k-th layer's inputs are kept, the others' made again
+    segment_cached: bool = False  #: whether the page cache holds k layers from one use to the next
+
+    @property
+    def again(self) -> int:
+        """Layers that are run forward once more."""
+        return sum(step.again for step in self._steps)
+
+    @property
+    def again_reads(self) -> int:
+        """Of those, the ones that are read for it; the slots hold the others."""
+        return sum(step.again for step in self._reads)
+
+    @property
+    def backward_reads(self) -> int:
+        """Layers that are read for the backward pass; those of a cached segment once in all."""
+        made = {step.layer for step in self._reads if step.again and self.segment_cached}
+        reads = (step for step in self._reads if step.kind == "backward")
+        return sum(step.layer not in made for step in reads)
+
+    @property
+    def cached_reads(self) -> int:
+        """Bytes that the page cache gives of these two."""
+        return min(self.cached_bytes, (self.again_reads + self.backward_reads) * self.layer_bytes)
 
     @property
     def flop(self) -> int:
-        """8·P·tokens: forward twice, input gradients, weight gradients; and the head's."""
-        layers = 8 * self.layers * self.layer_parameters * self.tokens
+        """8·P·tokens: forward twice, input and weight gradients; 2 for each again; the head's."""
+        layers = (8 * self.layers + 2 * self.again) * self.layer_parameters * self.tokens
         return layers + 4 * self.head_parameters * self.loss_tokens
 
     @property
@@ -52,8 +79,25 @@ class Work:
     @property
     def read_bytes(self) -> int:
         """From the disk, for the teacher."""
-        layers = (self.layers + max(0, self.layers - self.slots)) * self.layer_bytes
-        return layers - self.cached_bytes + self.ends_bytes + self.window_bytes
+        layers = (self.layers + self.again_reads + self.backward_reads) * self.layer_bytes
+        return layers - self.cached_reads + self.ends_bytes + self.window_bytes
+
+    @property
+    def spooled_bytes(self) -> int:
+        """Boundaries written, and read again where the page cache does not hold them."""
+        read = 0 if self.boundaries_cached else self.layers
+        return (self.layers + self.again + read) * self.boundary_bytes
+
+    @property
+    def _steps(self) -> list[Step]:
+        steps = schedule(self.layers, self.every)
+        return [step for step in steps if step.kind in ("forward", "backward")]
+
+    @property
+    def _reads(self) -> list[Step]:
+        steps = self._steps
+        kept = turns([step.layer for step in steps], self.slots)
+        return [step for step, held in zip(steps, kept, strict=True) if held is None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +143,29 @@ def forecast(work: Work, pace: Pace) -> Forecast:
     What binds is the phase ``factors`` where it takes half of the time, else whichever of disk
     and cores is busy longer in the rest.
     """
-    kept = min(work.slots, work.layers)
-    written = work.layers * work.boundary_bytes
-    read_again = 0 if work.boundaries_cached else written
+    layers, again = work.layers, work.again
+    read_again = 0 if work.boundaries_cached else layers * work.boundary_bytes
+    cached_again = min(work.cached_reads, work.again_reads * work.layer_bytes)
 
-    def sweep(name: str, compute: float, reads: int, more_bytes: int) -> Phase:
+    def sweep(name: str, compute: float, count: int, reads: int, more_bytes: int) -> Phase:
         disk = max(0, reads * work.layer_bytes + more_bytes) / pace.read
-        arithmetic = work.layers * compute + reads * work.layer_bytes * pace.reading_work
+        arithmetic = count * compute + reads * work.layer_bytes * pace.reading_work
         seconds = disk + arithmetic
         if work.slots > 1:
-            first = work.layer_bytes / pace.read if reads == work.layers else 0.0
-            seconds = max(arithmetic + first, disk + arithmetic / work.layers)
+            first = work.layer_bytes / pace.read if name == "forward" else 0.0
+            seconds = max(arithmetic + first, disk + arithmetic / count)
         return Phase(name, seconds, disk, arithmetic)
 
     ends = work.ends_bytes / pace.read
     phases = [
         Phase("embedding and head", ends + pace.head, ends, pace.head),
-        sweep("forward", pace.forward, work.layers, written),
-        sweep("backward", pace.backward, work.layers - kept, read_again - work.cached_bytes),
+        sweep("forward", pace.forward, layers, layers, layers * work.boundary_bytes),
     ]
+    if again:
+        written = again * work.boundary_bytes - cached_again
+        phases.append(sweep("again", pace.forward, again, work.again_reads, written))
+    more = read_again - (work.cached_reads - cached_again)
+    phases.append(sweep("backward", pace.backward, layers, work.backward_reads, more))
     if pace.ends:
         phases.append(Phase("ends", ends + pace.ends, ends, pace.ends))
     windows = work.window_bytes / pace.windows
@@ -137,8 +185,7 @@ def limit_seconds(work: Work, raw_read: float, flops: float, copied: float) -> f
         copied: bytes a second, read and written ones both counted.
 
     """
-    spooled = work.layers * work.boundary_bytes * (1 if work.boundaries_cached else 2)
-    disk = (work.read_bytes + spooled) / raw_read
+    disk = (work.read_bytes + work.spooled_bytes) / raw_read
     return max(disk, work.flop / flops + SCORE_BYTES * work.scored / copied)
 
 

@@ -19,6 +19,7 @@ from pkt.disk import on_disk
 from pkt.host import memory_limit
 from pkt.methods.seeking.task import DTYPES, Task
 from pkt.records import IoMode, Reading, Sample, SampleSet
+from pkt.schedule import peak_boundaries
 
 ROUNDS = 3  # stretches for each way to read
 COPIED = 512 * MIB  # moved to measure the bandwidth of memory; less for tiny teachers
@@ -115,6 +116,7 @@ def work_of(task: Task, mode: str, available_bytes: int) -> Work:
     sizes = [sum(piece.bytes for piece in layer.values()) for layer in layers]
     head = teacher.head or teacher.embedding
     boundary = seeds.tokens * teacher.hidden_size * DTYPE_BYTES[task.config.dtype]
+    kept = peak_boundaries(len(layers), plan.spool_every, task.config.embeddings)
     cache = max(0, available_bytes - plan.peak_bytes)
     cached = 0 if mode == "direct" else min(cache, sum(sizes[: -plan.slots]))
     return Work(
@@ -129,8 +131,10 @@ def work_of(task: Task, mode: str, available_bytes: int) -> Work:
         ends_bytes=head.bytes + teacher.embedding.bytes,
         window_bytes=_window_bytes(task),
         boundary_bytes=boundary,
-        boundaries_cached=len(layers) * boundary <= cache,
+        boundaries_cached=kept * boundary <= cache,
         cached_bytes=cached,
+        every=plan.spool_every,
+        segment_cached=mode != "direct" and plan.spool_every * max(sizes) <= cache,
     )
 
 

@@ -103,7 +103,9 @@ def rehearse(task: Task, folder: Path, notify: Notify) -> LayerTimes:
     """
     sample = sampled(task.seeds.samples)
     seeds = replace(task.seeds, samples=tuple(sample))
-    short = replace(task, seeds=seeds, teacher=first_layers(task.teacher, folder / "model"))
+    plan = replace(task.plan, room=None, spool_every=1)
+    teacher = first_layers(task.teacher, folder / "model")
+    short = replace(task, seeds=seeds, teacher=teacher, plan=plan)
     dtype = DTYPES[task.config.dtype]
     skeleton = build_skeleton(short.teacher.folder, dtype)
     source: Any = RandomWeights(short.teacher.checkpoint, dtype)

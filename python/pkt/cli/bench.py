@@ -17,7 +17,7 @@ from pkt import api
 from pkt.cli import options
 from pkt.cli.environment import aliases, stay_offline
 from pkt.cli.options import Session
-from pkt.cli.tables import aligned, duration, plan_json, seeds_line
+from pkt.cli.tables import aligned, duration, kept_inputs, plan_json, seeds_line
 from pkt.config import format_bytes, parse_bytes
 from pkt.errors import IncompatibleError, UsageError
 from pkt.host import describe
@@ -153,6 +153,7 @@ def window(teacher: str | None, square: int, as_json: bool) -> None:
     help="The run's seeds.  [default: --limit seeds of --max-tokens tokens are assumed]",
 )
 @options.shape
+@options.spool
 @options.template
 @click.option(
     "--io", type=click.Choice(get_args(IoMode)), default="auto", show_default=True,
@@ -193,7 +194,7 @@ def extract(session: Session, /, **given: Any) -> None:
 
 def _prepare(given: dict[str, Any]) -> Task:
     names = ("rank", "select", "targets", "embeddings", "max_tokens", "limit", "max_ram", "dtype")
-    rest = {name: given[name] for name in (*names, "template")}
+    rest = {name: given[name] for name in (*names, "template", "spool_dir", "spool_every")}
     seeds: Path | SampleSet | None = given["seeds"]
     if seeds is None:
         from pkt.bench import assumed_seeds
@@ -257,7 +258,10 @@ def _prediction_json(task: Task, found: Prediction) -> dict[str, Any]:
         "bound": found.forecast.bound,
         "phases": [asdict(phase) for phase in found.forecast.phases],
         "limit_seconds": found.limit_seconds,
-        "work": {**asdict(found.work), "flop": found.work.flop, "scored": found.work.scored},
+        "work": {
+            **asdict(found.work),
+            **{name: getattr(found.work, name) for name in ("again", "flop", "scored")},
+        },
         "pace": asdict(found.pace),
         "io": asdict(found.reading),
         "rates": _rates_json(found.rates),
@@ -284,6 +288,7 @@ def _prediction_text(task: Task, found: Prediction) -> str:
             f"as {found.sampled_tokens} of {work.tokens} tokens took",
         ),
         ("to read", f"{format_bytes(work.read_bytes)}, {ahead}"),
+        ("layer inputs kept", kept_inputs(task.plan)),
         ("limit", f"{duration(found.limit_seconds)}: raw disk, product and copy at full rate"),
     ]
     head = ("phase", "time", "disk", "cores")

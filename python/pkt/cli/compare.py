@@ -16,7 +16,7 @@ from pkt.cli.environment import aliases
 from pkt.cli.options import Session
 from pkt.compare import ARMS, VARIATIONS
 from pkt.errors import InterruptError, UsageError
-from pkt.output import WORK
+from pkt.workplace import WORK
 
 _FILE = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)

@@ -17,8 +17,8 @@ from pkt.cli import options
 from pkt.cli.environment import aliases, debugging
 from pkt.cli.options import Session
 from pkt.errors import InterruptError, UsageError
-from pkt.output import WORK
 from pkt.records import Evaluation, Template
+from pkt.workplace import WORK
 
 _EXAMPLE = (
     "pkt eval --model 7b --adapter out --teacher 70b --tasks loss,gsm8k@8 --data gsm8k/ -o scores"

@@ -77,6 +77,7 @@ def _use_preset(ctx: click.Context, param: click.Parameter, name: str | None) ->
     "--split", type=click.Choice(get_args(Split)), default="paper", show_default=True,
     help="B = UΣ, A = Vᵀ (paper), or the root of Σ in both (balanced).",
 )  # fmt: skip
+@options.spool
 @options.template
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random strategies.")
 @click.option(
@@ -121,9 +122,10 @@ def extract(session: Session, /, **given: Any) -> None:
         return
     names = ("teacher", "student", "seeds", "rank", "layers", "select", "split", "targets")
     more = ("template", "embeddings", "max_tokens", "limit", "max_ram", "dtype", "seed")
+    disk = {name: given[name] for name in ("spool_dir", "spool_every", "output_dir") if given[name]}
     say = not given["quiet"] and process == 0
     task = prepare(
-        say=say, processes=count, processes_here=processes_here(),
+        say=say, processes=count, processes_here=processes_here(), **disk,
         **{name: given[name] for name in (*names, *more)},
     )  # fmt: skip
     if given["dry_run"]:
@@ -188,7 +190,7 @@ def _describe_teacher(given: Mapping[str, Any]) -> None:
     if (source := resolve(name, table)) != name:
         click.echo(f"alias {name}: {source}", err=True)
     stay_offline()
-    shape = ("max_ram", "rank", "dtype", "select")
+    shape = ("max_ram", "rank", "dtype", "select", "spool_dir", "spool_every")
     try:
         found = api.inspect(
             name, seeds=given["limit"] or 32, tokens=given["max_tokens"], aliases=table,

@@ -20,6 +20,7 @@ from pkt.records import Inspection
 @click.command(short_help="Two models, how they fit, and the plan of a run.")
 @options.models
 @options.shape
+@options.spool
 @options.as_json
 def inspect(
     teacher: str | None,
@@ -34,7 +35,7 @@ def inspect(
     Reads headers only; nothing is downloaded, a hub id must be in the local cache. --limit and
     --max-tokens say how many seeds of what length the plan assumes.
 
-    Exit code 3: the models do not fit together; 4: the plan does not fit the memory.
+    Exit code 3: the models do not fit together; 4: the plan does not fit memory or disk.
     """
     if not teacher:
         raise UsageError("pkt inspect needs --teacher", "pkt inspect --teacher 70b --student 7b")

@@ -119,6 +119,34 @@ shape = together(
     ),
 )
 
+
+def _every(ctx: click.Context, param: click.Parameter, value: Any) -> int | None:
+    """``auto`` or a number."""
+    if value == "auto":
+        return None
+    number: int = click.IntRange(min=1).convert(value, param, ctx)
+    return number
+
+
+spool = together(
+    click.option(
+        "--spool-dir",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Where hidden states and gradients lie meanwhile.  [default: OUT/.work]",
+    ),
+    click.option(
+        "--spool-every",
+        type=click.UNPROCESSED,
+        callback=_every,
+        default="auto",
+        show_default=True,
+        metavar="K",
+        help="Keep every K-th layer's inputs, run the others again; auto: what the disk has "
+        "room for.",
+    ),
+)
+
 template = click.option(
     "--template",
     type=click.Choice(get_args(Template)),

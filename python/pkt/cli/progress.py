@@ -16,7 +16,7 @@ from pkt.config import format_bytes
 from pkt.host import anonymous_bytes
 
 _UNITS = {"embed": "chunk", "head": "seed", "ends": "seed"}
-_STREAMED = ("forward", "backward")
+_STREAMED = ("forward", "again", "backward")
 
 
 class Progress:

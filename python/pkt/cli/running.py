@@ -21,8 +21,9 @@ from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
 from pkt.errors import IncompatibleError, InterruptError, PktError
 from pkt.models import resolve
-from pkt.output import WORK, finished, spool_folder
+from pkt.output import finished, spool_folder
 from pkt.records import Extraction, IoMode
+from pkt.workplace import WORK, tensors_of
 
 if TYPE_CHECKING:
     from pkt.methods.seeking import Task
@@ -129,12 +130,14 @@ def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptE
     spool, depth = spool_folder(folder / WORK, process, count), task.teacher.layers
     words = launcher()
     command = shlex.join([*words, *session.arguments]) if words else "the same command on each host"
+    tensors = tensors_of(spool)
     backward = len(list(spool.glob("layer-*.json")))
-    inputs = [int(path.name[6:11]) for path in spool.glob("input-*.sum.json")]
+    inputs = [int(path.name[6:11]) for path in tensors.glob("input-*.sum.json")]
     forward = depth if backward else max(inputs, default=0)
+    elsewhere = "" if tensors == spool else f" and {tensors}"
     return InterruptError(
         number,
         f"interrupted; {forward} of {depth} forward layers and {backward} of {depth} backward "
-        f"layers are finished and kept in {folder / WORK}",
+        f"layers are finished and kept in {folder / WORK}{elsewhere}",
         f"continue with: {command}",
     )

@@ -68,7 +68,8 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
         ("slots", slots),
         ("scores held", scores[plan.scores]),
         ("to read", to_read),
-        ("disk for OUT/.work", f"{format_bytes(plan.spool_bytes)} while it runs"),
+        ("layer inputs kept", kept_inputs(plan)),
+        *_disk_rows(plan),
         ("adapter", format_bytes(plan.adapter_bytes)),
     ]
     if reading:
@@ -81,9 +82,35 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
     return f"plan\n{table}\n{aligned(rows, indent=2)}"
 
 
+def kept_inputs(plan: Plan) -> str:
+    """How many layers' inputs are on the disk at once, and what that costs."""
+    if plan.spool_every == 1:
+        return "of every layer"
+    kept = f"of one layer in {plan.spool_every} (--spool-every)"
+    if not plan.recomputed_layers:
+        return kept
+    return f"{kept}; {plan.recomputed_layers} layers are run forward once more"
+
+
+def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What the run has on each disk while it runs, and what is free there."""
+    if not plan.disks:
+        size = plan.spool_bytes + plan.record_bytes
+        return [("disk for OUT/.work", f"{format_bytes(size)} while it runs")]
+    return [
+        (
+            f"disk for {disk.folder}",
+            f"{format_bytes(disk.bytes)} while it runs, {format_bytes(disk.free_bytes)} free"
+            + ("" if disk.bytes <= disk.free_bytes else ": DOES NOT FIT"),
+        )
+        for disk in plan.disks
+    ]
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan's fields, its peak, and whether it fits."""
-    return {**asdict(plan), "peak_bytes": plan.peak_bytes, "fits": plan.fits}
+    disks = [asdict(disk) for disk in plan.disks]
+    return {**asdict(plan), "disks": disks, "peak_bytes": plan.peak_bytes, "fits": plan.fits}
 
 
 def seeds_line(seeds: SampleSet, max_tokens: int) -> str:

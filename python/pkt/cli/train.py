@@ -18,8 +18,9 @@ from pkt.cli.steps import Steps
 from pkt.cli.tables import aligned, format_count
 from pkt.config import format_bytes
 from pkt.errors import InterruptError, UsageError
-from pkt.output import TUNED, WORK, finished
+from pkt.output import TUNED, finished
 from pkt.records import Tuning
+from pkt.workplace import WORK
 
 if TYPE_CHECKING:
     from pkt.methods.tuning import Task

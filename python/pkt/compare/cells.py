@@ -112,7 +112,9 @@ class Cells:
         digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
         folder = self.work / "extracted" / digest.hexdigest()[:16]
         folder.parent.mkdir(exist_ok=True)
-        task = prepare(setting.teacher, setting.student, setting.seeds, **options)
+        task = prepare(
+            setting.teacher, setting.student, setting.seeds, output_dir=folder, **options
+        )
 
         def notify(phase: str, done: int, total: int) -> None:
             if self.stop():

@@ -1,18 +1,21 @@
 """The layer-major sweep: every seed goes through layer i before any seed meets layer i + 1.
 
 So the teacher is read at most twice, whatever the number of seeds: once forward, leaving each
-layer's inputs in the spool, once backward, where each layer is recomputed with gradients. For a
-linear layer y = xWᵀ autograd is never asked for a weight gradient: its input X and upstream
-gradient dY go to an observer, which makes dYᵀX in row blocks as it needs them. Results do not
-depend on slots, memory budget or on where a killed run was continued. Of several processes each
-sweeps seeds of its own; they meet where a layer's scores are summed, and go on from the last layer
-that all of them have finished.
+layer's inputs in the spool, once backward, where each layer is recomputed with gradients. (Where
+the disk has no room for the inputs of every layer, only each k-th one's are left, and the segment
+between two is run forward once more.) For a linear layer y = xWᵀ autograd is never asked for a
+weight gradient: its input X and upstream gradient dY go to an observer, which makes dYᵀX in row
+blocks as it needs them. Results do not depend on slots, memory budget, k, or on where a killed run
+was continued; what is found damaged when it is read is made again. Of several processes each sweeps
+seeds of its own; they meet where a layer's scores are summed, and go on from the last layer that
+all of them have finished.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,18 +25,20 @@ import torch
 from torch.nn import functional
 
 from pkt.checkpoint import Checkpoint, Piece
-from pkt.errors import PktError
+from pkt.config import LOGIT_ELEMENTS
+from pkt.errors import OutputError, PktError
 from pkt.host import release_free_memory
-from pkt.processes import everywhere, largest, require_all, wait_for_all
+from pkt.processes import largest, require_all, wait_for_all
 from pkt.records import Sample
+from pkt.schedule import Step, schedule
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
 from pkt.sweep.ends import Accumulate, column_scores
 from pkt.sweep.placement import Placement
 from pkt.sweep.skeleton import Skeleton
-from pkt.sweep.spool import Spool
+from pkt.sweep.spool import DamagedError, Spool
 
-LOGIT_ELEMENTS = 1 << 23  # logits made at once; a constant, so that no result depends on a budget
+MOST_REMADE = 3  # times that one process makes a damaged file again
 GATHER_TOKENS = 1024  # embedding rows copied at once
 
 Weights = Mapping[str, torch.Tensor]
@@ -42,6 +47,9 @@ Notify = Callable[[str, int, int], None]
 
 class Observer(Protocol):
     """What becomes of the gradients, one sample at a time."""
+
+    def begin_layer(self, layer: int) -> None:
+        """The layer's samples begin, perhaps anew: what was seen of a layer before is void."""
 
     def linear(self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> bool:
         """One seed's input (n, in) and upstream gradient (n, out); false if not finite."""
@@ -78,6 +86,7 @@ class Sweep:
     device: torch.device
     whole_layer: bool  #: scores of a layer are resident; else (X, dY) are spooled, matrix by matrix
     chunk_rows: int  #: embedding rows that fit a slot
+    every: int = 1  #: every k-th layer's inputs are left by the forward pass
     keep_last: bool = False  #: last hidden states are wanted again, for embedding and head
     notify: Notify = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -85,6 +94,8 @@ class Sweep:
 
     def __post_init__(self) -> None:
         """Read the small parameters outside the layers: every phase needs them."""
+        self._records: list[dict[str, Any]] = []
+        self._remade: Counter[str] = Counter()  # files that this process has found damaged
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
         self.calls = Calls(
@@ -105,61 +116,100 @@ class Sweep:
         """
         depth = len(self.skeleton.layers)
         self._agree(depth)
-        records = self._recorded(depth)
-        first_done = depth - len(records)
-        ends_wanted = self.keep_last and self.spool.get("ends") is None
-        head_done = self.spool.get("losses") is not None and (
-            self.spool.valid(upstream_of(first_done)) or (first_done == 0 and not ends_wanted)
-        )
-        if not everywhere(head_done):
-            records, first_done = [], depth
-            head_done = head_done and self.spool.valid(upstream_of(depth))
-        needed = [*range(first_done), *([depth] if ends_wanted or not head_done else [])]
-        absent = self._absent(needed)
-        embed = 0 in absent
-        forward = [index - 1 for index in absent if index > 0]
-        backward = list(reversed(range(first_done)))
-        jobs: list[tuple[str, dict[str, Piece]]] = []
-        chunks = self.placement.embedding_chunks() if embed else []
-        jobs += [("embedding", {"rows": piece}) for piece in chunks]
-        jobs += [(f"layer {i}", self.placement.layer(i)) for i in (*forward, *backward)]
-        weights = self.source.jobs(jobs)
-        if embed:
-            with self._phase("embed"):
-                self._embed(weights, chunks)
-        with self._phase("forward"):
-            for done, index in enumerate(forward):
-                self._forward(index, next(weights))
-                release_free_memory()
-                self.notify("forward", done + 1, len(forward))
-        if not head_done:
-            with self._phase("head"):
-                self._head(depth)
-        with self._phase("backward"):
-            for done, index in enumerate(backward):
-                records.insert(0, self._backward(index, next(weights), observer))
-                release_free_memory()
-                self.notify("backward", depth - first_done + done + 1, depth)
-        return list(self.spool.get("losses") or []), records
+        self._records = self._recorded(depth)
+        while not self._undamaged(lambda: self._advance(observer)):
+            pass
+        return list(self.spool.get("losses") or []), self._records
 
     def ends(self, accumulate: Accumulate) -> dict[str, list[float]]:
         """Column scores (D,) of embedding and head, from the spool that `run` has left."""
         record: dict[str, list[float]] | None = self.spool.get("ends")
-        if record is None:
-            with self._phase("ends"):
+
+        def score() -> None:
+            nonlocal record
+            with self._timed("ends"):
                 record = column_scores(self, accumulate)
             self.spool.put("ends", record)
+
+        while record is None:
+            if not self._undamaged(score):
+                while not self._undamaged(lambda: self._advance(None)):
+                    pass
         return record
 
-    def _absent(self, needed: Sequence[int]) -> list[int]:
-        """Boundaries that must be made, ascending: each is made from the one before it."""
-        absent: set[int] = set()
-        for last in needed:
-            for index in range(last, -1, -1):
-                if index in absent or self.spool.valid(boundary(index)):
-                    break
-                absent.add(index)
-        return sorted(absent)
+    def _undamaged(self, work: Callable[[], None]) -> bool:
+        """Do ``work``; false if it met a damaged file, which is dropped: it is made again."""
+        try:
+            work()
+        except DamagedError as damage:
+            if self._remade[damage.name] == MOST_REMADE:
+                raise OutputError(
+                    f"{damage.message}, though it was made again {MOST_REMADE} times",
+                    "the disk is unreliable: continue on another with --spool-dir",
+                ) from damage
+            self._remade[damage.name] += 1
+            self.spool.drop(damage.name)
+            return False
+        return True
+
+    def _advance(self, observer: Observer | None) -> None:
+        """Every step that is left; ``None``: the layers are scored, only files are lacking."""
+        depth = len(self.skeleton.layers)
+        pending = depth - len(self._records)
+        last = self.keep_last and self.spool.get("ends") is None
+        upstream = self._upstream(pending, depth, needed=pending > 0 or last)
+        for index in {*range(depth + 1)} - {upstream}:
+            self.spool.drop(upstream_of(index))
+        steps = schedule(
+            depth,
+            self.every,
+            held=[index for index in range(depth + 1) if self.spool.holds(boundary(index))],
+            pending=pending,
+            upstream=upstream,
+            last=last,
+        )
+        self._walk(steps, observer)
+
+    def _upstream(self, pending: int, depth: int, *, needed: bool) -> int | None:
+        """The lowest boundary from ``pending`` on whose gradients are there, or are not needed."""
+        if self.spool.get("losses") is None:
+            return None
+        if not needed:
+            return pending
+        there = (u for u in range(pending, depth + 1) if self.spool.holds(upstream_of(u)))
+        return next(there, None)
+
+    def _walk(self, steps: Sequence[Step], observer: Observer | None) -> None:
+        depth = len(self.skeleton.layers)
+        chunks = self.placement.embedding_chunks()
+        jobs: list[tuple[str, dict[str, Piece]]] = []
+        for step in steps:
+            if step.kind == "embed":
+                jobs += [("embedding", {"rows": piece}) for piece in chunks]
+            elif step.kind != "head":
+                jobs.append((f"layer {step.layer}", self.placement.layer(step.layer)))
+        weights = self.source.jobs(jobs)
+        totals = Counter(_phase(step) for step in steps)
+        done = Counter({"backward": depth - totals["backward"]})
+        totals["backward"] = depth
+        for step in steps:
+            phase = _phase(step)
+            for index in step.drops:
+                self.spool.drop(boundary(index))
+            with self._timed(phase):
+                if step.kind == "embed":
+                    self._embed(weights, chunks)
+                elif step.kind == "forward":
+                    self._forward(step.layer, next(weights))
+                elif step.kind == "head":
+                    self._head(depth)
+                else:
+                    scored = None if step.again else observer
+                    self._backward(step.layer, next(weights), scored)
+            if step.kind in ("forward", "backward"):
+                release_free_memory()
+                done[phase] += 1
+                self.notify(phase, done[phase], totals[phase])
 
     def _agree(self, depth: int) -> None:
         """Several processes go on together: records that others of them lack are removed."""
@@ -206,7 +256,9 @@ class Sweep:
 
     @torch.no_grad()
     def _forward(self, index: int, weights: Weights) -> None:
-        with self.spool.writer(boundary(index + 1)) as out:
+        depth, at = len(self.skeleton.layers), index + 1
+        synced = at % self.every == 0 or at == depth  # the others can be made from these
+        with self.spool.writer(boundary(at), synced=synced) as out:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
                 args, kwargs = self.calls.of(len(seed.tokens), index)
@@ -249,16 +301,22 @@ class Sweep:
             loss += float(total.detach())
         return loss, gradient
 
-    def _backward(self, index: int, weights: Weights, observer: Observer) -> dict[str, Any]:
-        """Recompute one layer per seed with gradients; hand them to the observer."""
+    def _backward(self, index: int, weights: Weights, observer: Observer | None) -> None:
+        """Recompute one layer per seed with gradients; hand them to the observer, if there is one.
+
+        Without, the layer has been scored before, and the gradients at its inputs are lacking.
+        """
         linears = self.skeleton.linears(index)
         others = {
             name: weights[name]
             for name, _ in self.skeleton.layers[index].named_parameters()
             if name.removesuffix(".weight") not in linears
         }
-        captures = Captures(linears, self.spool, observer.linear if self.whole_layer else None)
+        sink = observer.linear if observer and self.whole_layer else None
+        captures = Captures(linears if observer else {}, self.spool, sink)
         live = {**weights, **{n: w.detach().requires_grad_() for n, w in others.items()}}
+        if observer:
+            observer.begin_layer(index)
         with captures, self.spool.writer(upstream_of(index)) as out:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
@@ -275,26 +333,31 @@ class Sweep:
                     raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
                 finite = captures.finite
                 for name, gradient in zip(others, gradients[1:], strict=True):
-                    if gradient is not None:
+                    if observer and gradient is not None:
                         finite &= observer.parameter(name, others[name], gradient)
                 if not finite:
                     raise self._bad_layer(index, weights, seed, "gradient")
                 out.append(gradients[0])
-            for module in linears:
-                weight = weights[f"{module}.weight"]
-                if not self.whole_layer:
-                    for seed, (x, dy) in zip(self.seeds, captures.replay(module), strict=True):
-                        inputs, upstream = x.to(self.device), dy.to(self.device)
-                        if not observer.linear(module, weight, inputs, upstream):
-                            raise self._bad_layer(index, weights, seed, "gradient")
-                observer.finish_matrix(index, module, weight)
-        record = observer.finish_layer(index)
-        self.spool.put(_record(index), record)
-        wait_for_all()  # one that was killed just before may have to begin this layer again
+            if observer:
+                self._finish_matrices(index, weights, captures, observer)
+        if observer:
+            record = observer.finish_layer(index)
+            self.spool.put(_record(index), record)
+            self._records.insert(0, record)
+            wait_for_all()  # one that was killed just before may have to begin this layer again
         self.spool.drop(upstream_of(index + 1))
-        if not (self.keep_last and index + 1 == len(self.skeleton.layers)):
-            self.spool.drop(boundary(index + 1))
-        return record
+
+    def _finish_matrices(
+        self, index: int, weights: Weights, captures: Captures, observer: Observer
+    ) -> None:
+        for module in self.skeleton.linears(index):
+            weight = weights[f"{module}.weight"]
+            if not self.whole_layer:
+                for seed, (x, dy) in zip(self.seeds, captures.replay(module), strict=True):
+                    inputs, upstream = x.to(self.device), dy.to(self.device)
+                    if not observer.linear(module, weight, inputs, upstream):
+                        raise self._bad_layer(index, weights, seed, "gradient")
+            observer.finish_matrix(index, module, weight)
 
     def _apply(
         self, index: int, weights: Weights, hidden: torch.Tensor, args: Any, kwargs: Any
@@ -340,12 +403,17 @@ class Sweep:
         )
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _phase(step: Step) -> str:
+    """What the step is called where progress and seconds are told."""
+    return "again" if step.again and step.kind in ("forward", "backward") else step.kind
 
 
 def boundary(index: int) -> str:

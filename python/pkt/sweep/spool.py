@@ -2,8 +2,9 @@
 
 A tensor file holds one (n_j, D) block a seed, one after another; a JSON file holds a record.
 Both are written beside their name, synced, renamed, and the folder synced: a kill at any moment
-leaves complete files only. Every file carries a SHA-256, so damage is noticed, not used. RAM
-caches these files as the page cache does, which the kernel takes back when it needs to.
+leaves complete files only. A CRC-32 a block is checked whenever one is read, a SHA-256 with every
+record, so damage is noticed, not used. RAM caches these files as the page cache does, which the
+kernel takes back when it needs to.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,16 @@ from typing import Any, BinaryIO
 import torch
 
 from pkt.errors import OutputError
+
+
+class DamagedError(OutputError):
+    """A tensor file is gone, or not as it was written; it can be made again."""
+
+    def __init__(self, name: str, path: Path, what: str) -> None:
+        super().__init__(
+            f"{path}: {what}", "run the same command again: damaged work is noticed and done anew"
+        )
+        self.name = name
 
 
 @contextlib.contextmanager
@@ -37,17 +49,19 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def durable(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is complete and on the disk."""
+def durable(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
+    """A file that takes its name only when it is complete, and ``synced`` on the disk."""
     temporary = path.with_name(f"{path.name}.tmp")
     with disk_errors(path):
         try:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    os.fsync(file.fileno())
             temporary.rename(path)
-            _sync_folder(path.parent)
+            if synced:
+                _sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -55,82 +69,98 @@ def durable(path: Path) -> Iterator[BinaryIO]:
 
 
 class SeedWriter:
-    """Appends each seed's block; the checksum grows with it."""
+    """Appends each seed's block, and notes its checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+        self._file = file
+        self.sums: list[int] = []  #: CRC-32 of each block so far
 
     def append(self, block: torch.Tensor) -> None:
         """Write one seed's (n, D) block."""
         data = block.detach().contiguous().cpu().view(torch.uint8).numpy().data
-        self._hash.update(data)
+        self.sums.append(zlib.crc32(data))
         self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        """Of everything appended so far."""
-        return self._hash.hexdigest()
 
 
 class Spool:
     """Tensor files and records of one sweep.
 
     Args:
-        folder: created if need be; its parent must exist.
+        folder: of the records; created if need be; its parent must exist.
         lengths: tokens of each seed.
         width: D, the width of the residual stream.
         dtype: of the blocks.
+        tensors: folder of the tensor files, which exists; ``None``: the same.
 
     """
 
     def __init__(
-        self, folder: Path, lengths: Sequence[int], width: int, dtype: torch.dtype
+        self,
+        folder: Path,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        tensors: Path | None = None,
     ) -> None:
         self.folder, self.lengths, self.width, self.dtype = folder, tuple(lengths), width, dtype
-        self._starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self._trusted: set[str] = set()  # written or verified by this process
+        self.tensors = tensors or folder
+        self._starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+        self._sums: dict[str, list[int]] = {}  # read or written by this process
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
 
     @contextlib.contextmanager
-    def writer(self, name: str) -> Iterator[SeedWriter]:
-        """A tensor file under ``name``; it exists once the block ends without an error."""
-        with durable(self.folder / f"{name}.bin") as file:
+    def writer(self, name: str, *, synced: bool = True) -> Iterator[SeedWriter]:
+        """A tensor file under ``name``; it exists once the block ends without an error.
+
+        A file that is not ``synced`` outlives the process, though perhaps not the system.
+        """
+        with durable(self._path(name), synced=synced) as file:
             writer = SeedWriter(file)
             yield writer
-        self.put(f"{name}.sum", writer.sha256)
-        self._trusted.add(name)
+        _write_record(self._sum_path(name), writer.sums, synced=synced)
+        self._sums[name] = writer.sums
 
     def read(self, name: str, seed: int) -> torch.Tensor:
-        """Block (n, D) of one seed."""
+        """Block (n, D) of one seed.
+
+        Raises:
+            DamagedError: it is not there, or not the one that was written.
+
+        """
+        path = self._path(name)
+        if not self.holds(name):
+            raise DamagedError(name, path, "it is gone, or not as long as this run wrote it")
         block = torch.empty(self.lengths[seed], self.width, dtype=self.dtype)
         offset = self._starts[seed] * self.width * self.dtype.itemsize
-        path = self.folder / f"{name}.bin"
         try:
             with path.open("rb", buffering=0) as file:
-                _fill(file, offset, block, path)
+                whole = _fill(file, offset, block)
+        except FileNotFoundError:
+            whole = False
         except OSError as error:
-            raise OutputError(f"{path}: cannot read: {error.strerror}", _REDO) from error
+            raise OutputError(f"{path}: cannot read: {error.strerror}") from error
+        if not whole or zlib.crc32(_data(block)) != self._sums[name][seed]:
+            raise DamagedError(name, path, "its bytes are not the ones that this run wrote")
         return block
 
-    def valid(self, name: str) -> bool:
-        """Whether the tensor file is there and its bytes are the ones written."""
-        if name in self._trusted:
-            return True
-        expected = self.get(f"{name}.sum")
-        path = self.folder / f"{name}.bin"
-        if expected is None or not path.is_file():
-            return False
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+    def holds(self, name: str) -> bool:
+        """Whether the tensor file is there, as long as it must be; `read` checks its bytes."""
+        if name not in self._sums:
+            sums = _read_record(self._sum_path(name))
+            if not isinstance(sums, list) or len(sums) != len(self.lengths):
                 return False
-        self._trusted.add(name)
-        return True
+            self._sums[name] = sums
+        try:
+            size = self._path(name).stat().st_size
+        except OSError:
+            return False
+        return size == self._starts[-1] * self.width * self.dtype.itemsize
 
     @contextlib.contextmanager
     def scratch(self, name: str, rows: int, width: int) -> Iterator[torch.Tensor]:
         """A mapped (rows, width) tensor that is gone when the block ends."""
-        path = self.folder / f"{name}.tmp"
+        path = self.tensors / f"{name}.tmp"
         size = rows * width * self.dtype.itemsize
         with disk_errors(path), path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as SIGBUS
@@ -142,16 +172,13 @@ class Spool:
 
     def drop(self, name: str) -> None:
         """Remove a tensor file that no later step needs."""
-        self._trusted.discard(name)
-        for ending in (".bin", ".sum.json"):
-            (self.folder / f"{name}{ending}").unlink(missing_ok=True)
+        self._sums.pop(name, None)
+        for path in (self._path(name), self._sum_path(name)):
+            path.unlink(missing_ok=True)
 
     def put(self, name: str, record: Any) -> None:
         """Write a JSON record."""
-        body = json.dumps(record, sort_keys=True)
-        digest = hashlib.sha256(body.encode()).hexdigest()
-        with durable(self.folder / f"{name}.json") as file:
-            file.write(f'{{"sha256": "{digest}", "record": {body}}}\n'.encode())
+        _write_record(self.folder / f"{name}.json", record)
 
     def forget(self, name: str) -> None:
         """Remove a JSON record."""
@@ -164,14 +191,13 @@ class Spool:
 
     def get(self, name: str) -> Any | None:
         """A JSON record; ``None`` if it is missing or damaged."""
-        try:
-            loaded = json.loads((self.folder / f"{name}.json").read_bytes())
-            body = json.dumps(loaded["record"], sort_keys=True)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if hashlib.sha256(body.encode()).hexdigest() != loaded.get("sha256"):
-            return None
-        return loaded["record"]
+        return _read_record(self.folder / f"{name}.json")
+
+    def _path(self, name: str) -> Path:
+        return self.tensors / f"{name}.bin"
+
+    def _sum_path(self, name: str) -> Path:
+        return self.tensors / f"{name}.sum.json"
 
 
 class Scratch:
@@ -185,7 +211,7 @@ class Scratch:
 
     def write(self, seed: int, block: torch.Tensor) -> None:
         """Store the (n, width) block of ``seed``; writing it again replaces it."""
-        data = block.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data
+        data = _data(block.contiguous().cpu())
         with disk_errors(self._path):
             self._file.seek(self._offset(seed))
             done = 0
@@ -195,7 +221,8 @@ class Scratch:
     def read(self, seed: int) -> torch.Tensor:
         """The block of ``seed``."""
         block = torch.empty(self._lengths[seed], self._width, dtype=self._dtype)
-        _fill(self._file, self._offset(seed), block, self._path)
+        if not _fill(self._file, self._offset(seed), block):
+            raise OutputError(f"{self._path}: shorter than this run wrote it")
         return block
 
     def close(self) -> None:
@@ -207,18 +234,40 @@ class Scratch:
         return sum(self._lengths[:seed]) * self._width * self._dtype.itemsize
 
 
-def _fill(file: Any, offset: int, block: torch.Tensor, path: Path) -> None:
-    data = block.view(torch.uint8).numpy().reshape(-1).data
+def _fill(file: Any, offset: int, block: torch.Tensor) -> bool:
+    """Read ``block`` from ``offset`` on; false if the file ends before."""
+    data = _data(block)
     file.seek(offset)
     filled = 0
     while filled < len(data):
         count = file.readinto(data[filled:])
         if not count:
-            raise OutputError(f"{path}: shorter than this run wrote it", _REDO)
+            return False
         filled += count
+    return True
 
 
-_REDO = "run the same command again: damaged work is noticed and done anew"
+def _data(block: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor, as a buffer that shares its memory."""
+    return block.view(torch.uint8).numpy().reshape(-1).data
+
+
+def _write_record(path: Path, record: Any, *, synced: bool = True) -> None:
+    body = json.dumps(record, sort_keys=True)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    with durable(path, synced=synced) as file:
+        file.write(f'{{"sha256": "{digest}", "record": {body}}}\n'.encode())
+
+
+def _read_record(path: Path) -> Any | None:
+    try:
+        loaded = json.loads(path.read_bytes())
+        body = json.dumps(loaded["record"], sort_keys=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if hashlib.sha256(body.encode()).hexdigest() != loaded.get("sha256"):
+        return None
+    return loaded["record"]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import UsageError
-from pkt.output import WORK, differences, locked, run_folder, spool_folder
+from pkt.output import differences, locked, run_folder, spool_folder
 from pkt.processes import from_first, index, is_first, wait_for_all
 from pkt.sweep import disk_errors
+from pkt.workplace import WORK, drop_tensors
 
 
 @contextlib.contextmanager
@@ -56,6 +57,7 @@ def shared_folder(
     with locked(spool):
         _bind(spool, json.dumps(identity))
         yield work, spool
+    drop_tensors(spool)
     shutil.rmtree(spool, ignore_errors=True)
     for parent in (spool.parent, work, folder):
         with contextlib.suppress(OSError):  # not empty: the first process wrote there
@@ -78,6 +80,7 @@ def _bind(spool: Path, identity: str) -> None:
     with disk_errors(spool):
         if state.is_file() and state.read_text(encoding="utf-8") == identity:
             return
+        drop_tensors(spool)
         for path in spool.iterdir():
             if path.name != "lock":
                 path.unlink()

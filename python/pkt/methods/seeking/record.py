@@ -58,6 +58,7 @@ def run_record(
         "notices": source.notices,
         "slots": task.plan.slots,
         "scores": task.plan.scores,
+        "spool_every": task.plan.spool_every,
         "processes": task.processes,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},

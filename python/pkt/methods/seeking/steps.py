@@ -36,6 +36,7 @@ from pkt.selection import (
 from pkt.sensitivity import LayerScores, accumulate_columns
 from pkt.stream import PAGE, CheckpointSource
 from pkt.sweep import Skeleton, Spool, Sweep
+from pkt.workplace import tensor_folder
 
 Notify = Callable[[str, int, int], None]
 
@@ -97,11 +98,13 @@ def score(
     whole = task.plan.scores == "layer"
     ours = balanced_share([len(seed.tokens) for seed in task.seeds.samples])
     seeds = [task.seeds.samples[number] for number in ours]
+    elsewhere = task.plan.room.spool_dir if task.plan.room else None
     spool = Spool(
         folder,
         [len(seed.tokens) for seed in seeds],
         task.teacher.hidden_size,
         DTYPES[config.dtype],
+        tensor_folder(folder, Path(elsewhere) if elsewhere else None),
     )
     cuts = [
         Cut(
@@ -143,6 +146,7 @@ def score(
         device=source.device,
         whole_layer=whole,
         chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
+        every=task.plan.spool_every,
         keep_last=config.embeddings,
         notify=notify,
         seconds=seconds,
@@ -152,6 +156,7 @@ def score(
     del observer, memory  # the scores' memory makes room for the head
     source.close()
     ends = sweep.ends(accumulate_columns) if config.embeddings else {}
+    source.close()  # it was opened again where a file had been lost
     return _summed(task, ours, Scores(losses, records, ends), source.device)
 
 

@@ -31,11 +31,12 @@ from pkt.methods.tuning.export import write_tuned
 from pkt.methods.tuning.model import begin, load_student
 from pkt.methods.tuning.record import manifest, run_record
 from pkt.methods.tuning.task import DTYPES, Config, Task
-from pkt.output import MANIFEST, WORK, as_json, as_jsonl, publish, run_folder
+from pkt.output import MANIFEST, as_json, as_jsonl, publish, run_folder
 from pkt.processes import is_first, share, sum_over_processes, wait_for_all
 from pkt.records import Sample, Tuning
 from pkt.report import write_curves
 from pkt.training import StepZero, compare_logits, first_logits, fit, inject
+from pkt.workplace import WORK
 
 __all__ = ["DTYPES", "Config", "Task", "run", "train"]
 
