@@ -22,6 +22,7 @@ from pkt.records import Room
 WORK = ".work"
 _NOTE = "elsewhere.json"  # in the spool: the folder in DIR
 _OWNER = "owner.json"  # in that folder: the spool
+_UNKNOWN = 1 << 60  # free on a file system that does not say: writing will tell
 
 
 def tensor_folder(spool: Path, spool_dir: Path | None) -> Path:
@@ -86,7 +87,8 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
     def free(place: Path) -> int:
         device = _device(place)
         ours = sum(size for folder, size in held.items() if _device(folder) == device)
-        return shutil.disk_usage(_existing(place)).free + ours
+        usage = shutil.disk_usage(_existing(place))
+        return usage.free + ours if usage.total else _UNKNOWN
 
     return Room(
         output_dir=str(output_dir),
