@@ -57,7 +57,7 @@ check-python: $(VENV)/.core
 MIRI := -Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance \
 	-Zmiri-ignore-leaks
 MIRI_TESTS := reader:: stream:: writer::tests::a_file sensitivity::tests::opposite \
-	sensitivity::tests::overflow sensitivity::tests::empty selection::window::tests::ties \
+	sensitivity::tests::overflow sensitivity::tests::empty selection::window::tests::ties_go \
 	selection::window::tests::windows
 
 .PHONY: miri

@@ -468,7 +468,7 @@ def test_the_plan_asks_the_disk(case: Case, tmp_path: Path) -> None:
 def test_a_run_that_no_disk_can_hold_is_refused_before_it_reads(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=9000, free=5000))
     with pytest.raises(
         BudgetError, match=r"out/\.work: this run writes .*4\.88 KiB free"
     ) as caught:
