@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--max-ram", default="auto")
+    parser.add_argument("--label", help="what is run and where, for the record")
     parser.add_argument("--work", default=None)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as name:
@@ -55,7 +56,13 @@ def main() -> None:
         **{name: took.get(name, 0.0) for name in ("forward", "backward", "ends", "factors")},
     }
     work = forecast["work"]
+    raw = max(
+        rate["gigabytes_per_second"]
+        for name, rate in forecast["rates"].items()
+        if name.startswith("raw")
+    )
     lines = [
+        *([args.label] if args.label else []),
         f"{args.limit} seeds × {args.tokens} tokens ({work['tokens']} in all), {machine()}",
         f"forecast {forecast['seconds']:.1f} s, bound by {forecast['bound']}; took {whole:.1f} s: "
         f"{forecast['seconds'] / whole:.2f} of it; {forecast['limit_seconds'] / whole:.2f} of the "
@@ -66,7 +73,11 @@ def main() -> None:
             for phase in forecast["phases"]
         ),
         f"  io {run['run']['io']}, {run['run']['gigabytes_per_second']} GB/s, stalled "
-        f"{run['run']['stall_seconds']} s",
+        f"{run['run']['stall_seconds']} s, {run['run']['bytes_read'] / 1e9:.1f} GB read",
+        f"  peak {run['run']['peak_anonymous_bytes'] / 2**20:.0f} MiB anonymous, planned "
+        f"{run['run']['planned_bytes'] / 2**20:.0f}; {forecast['teraflops']:.3f} TFLOP/s, copy "
+        f"{forecast['copy_gigabytes_per_second']:.1f} GB/s, raw disk "
+        f"{raw:.2f} GB/s",
     ]
     write_record("forecast", lines)
 

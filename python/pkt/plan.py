@@ -18,6 +18,7 @@ from pkt.schedule import peak_boundaries, schedule, turns
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
 BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
+WINDOW_BYTES = 16  # an element: as stored, in float32, and laid out for products from either side
 
 
 def make_plan(
@@ -77,7 +78,7 @@ def make_plan(
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
     window = _window_bytes(pairs)
     if embeddings and student:
-        window = max(window, student.embedding.elements * 12)
+        window = max(window, student.embedding.elements * WINDOW_BYTES)
     base = PlanPart("torch, transformers, peft", BASE_BYTES)
     records = _sums_bytes(pairs) * teacher.layers if sums else 0
     kept = [PlanPart("sums of every layer", records)] if sums else []
@@ -184,12 +185,12 @@ def _native(layer: object, dtype: str) -> bool:
 
 
 def _window_bytes(pairs: Sequence[Pair]) -> int:
-    """The largest student module: as stored, in float32 to iterate, in float64 to check."""
+    """The largest student module while its factors are made."""
     modules: dict[str, int] = {}
     for pair in pairs:
         size = pair.student.out_features * pair.student.in_features
         modules[pair.student.module] = modules.get(pair.student.module, 0) + size
-    return 12 * max(modules.values(), default=0)
+    return WINDOW_BYTES * max(modules.values(), default=0)
 
 
 def _adapter_bytes(

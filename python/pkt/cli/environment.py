@@ -19,11 +19,12 @@ _LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # "Loading weights" among others
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "THP_MEM_ALLOC_ENABLE": "1",  # large tensors in huge pages: a tenth of a sweep is page faults
 }
 
 
 def set_up() -> None:
-    """Quiet libraries (unless the user says otherwise), and streams that never fail to encode."""
+    """Libraries quiet and quick (unless the user says otherwise), streams that never fail to encode."""
     for name, value in _LIBRARIES.items():
         os.environ.setdefault(name, value)
     if threads := os.environ.get("OMP_NUM_THREADS"):  # torchrun sets it; the Rust core follows
