@@ -24,7 +24,7 @@ _LIBRARIES = {
 
 
 def set_up() -> None:
-    """Libraries quiet and quick (unless the user says otherwise), streams that never fail to encode."""
+    """Tell the libraries (unless the user has), and make streams that never fail to encode."""
     for name, value in _LIBRARIES.items():
         os.environ.setdefault(name, value)
     if threads := os.environ.get("OMP_NUM_THREADS"):  # torchrun sets it; the Rust core follows
