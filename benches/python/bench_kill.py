@@ -37,7 +37,7 @@ def contents(out: Path) -> dict[str, str]:
 def busy(out: Path) -> float:
     """Seconds of work, of all processes that took part in a finished run."""
     record = json.loads((out / "pkt_run.json").read_text(encoding="utf-8"))
-    return sum(record["seconds"].values())
+    return float(sum(record["seconds"].values()))
 
 
 def start(words: list[str], out: Path) -> subprocess.Popen[bytes]:
@@ -106,8 +106,8 @@ def main() -> None:
         [
             f"{machine()}; {args.teacher or '12 layers, 512 wide'}, {args.limit} seeds × "
             f"{args.tokens} tokens",
-            f"undisturbed {whole:.1f} s ({alone:.1f} s of work); {kills} kills -9 in {runs} runs, "
-            "each at a random moment of the work: every result is the undisturbed one's, byte for byte",
+            f"undisturbed {whole:.1f} s ({alone:.1f} s of work); {kills} kills -9 in {runs} runs "
+            "at random moments of the work: every result is the undisturbed one's, byte for byte",
             f"a run with its kills took {statistics.mean(alive):.1f} s in the mean, "
             f"{(statistics.mean(alive) - whole) * runs / kills:.1f} s more a kill, the start of a "
             f"process ({whole - alone:.1f} s) among them",
