@@ -57,16 +57,29 @@ class FactorTimes:
 
 
 class RandomWeights:
-    """In place of a `CheckpointSource`: tensors of the shapes asked for, from memory."""
+    """In place of a `CheckpointSource`: tensors of the shapes asked for, from memory.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    They are views of as much memory as the run would have in one slot: those of a layer lie side by
+    side, what else is asked for (runs of embedding rows, the head) begins where they do.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
         self.device = torch.device("cpu")
+        layer = model.checkpoint.layers[0]
+        self.slot_bytes = model.checkpoint.layer_bytes + PAGE
+        head = model.head or model.embedding
+        rows = -(-self.slot_bytes // dtype.itemsize)
+        elements = max(sum(piece.elements for piece in layer.values()), head.elements, rows)
         generator = torch.Generator().manual_seed(0)
-        self._pool = (torch.randn(POOL, generator=generator) * DEVIATION).to(dtype)
-        self._made: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self.slot_bytes = checkpoint.layer_bytes + PAGE
-        for name, piece in checkpoint.layers[0].items():  # before anything is timed
-            self._tensor(name, piece)
+        pool = (torch.randn(POOL, generator=generator) * DEVIATION).to(dtype)
+        self._memory = torch.empty(elements, dtype=dtype)
+        for part in self._memory.split(POOL):  # before anything is timed
+            part.copy_(pool[: len(part)])
+        self._places: dict[str, int] = {}
+        place = 0
+        for name, piece in layer.items():
+            self._places[name] = place
+            place += piece.elements
 
     def jobs(
         self, labels: Sequence[tuple[str, dict[str, Piece]]]
@@ -82,14 +95,10 @@ class RandomWeights:
         """Nothing is open."""
 
     def _tensor(self, name: str, piece: Piece) -> torch.Tensor:
-        key = name, piece.shape
-        if key not in self._made:
-            made = torch.ones(piece.shape, dtype=self._pool.dtype)
-            if len(piece.shape) > 1:
-                for part in made.view(-1).split(POOL):
-                    part.copy_(self._pool[: len(part)])
-            self._made[key] = made
-        return self._made[key]
+        if len(piece.shape) < 2:
+            return torch.ones(piece.shape, dtype=self._memory.dtype)
+        place = self._places.get(name, 0)
+        return self._memory[place : place + piece.elements].view(piece.shape)
 
 
 def rehearse(task: Task, folder: Path, notify: Notify) -> LayerTimes:
@@ -108,8 +117,7 @@ def rehearse(task: Task, folder: Path, notify: Notify) -> LayerTimes:
     short = replace(task, seeds=seeds, teacher=teacher, plan=plan)
     dtype = DTYPES[task.config.dtype]
     skeleton = build_skeleton(short.teacher.folder, dtype)
-    source: Any = RandomWeights(short.teacher.checkpoint, dtype)
-    source.read({"head": task.teacher.head or task.teacher.embedding})
+    source: Any = RandomWeights(short.teacher, dtype)
     work, seconds, ended = folder / "work", dict[str, float](), dict[str, list[float]]()
     work.mkdir()
 
