@@ -26,6 +26,7 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="triton is not installed: it comes with torch's CUDA build",
 )
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
@@ -84,6 +85,38 @@ def test_torch_in_row_blocks_equals_the_rust_kernel(
     require_equal(case, scores, sums, torch.cat([bad, bad_columns]))
     for tensor, as_it_was in zip((weight, gradient), before, strict=True):
         assert torch.equal(tensor.nan_to_num(), as_it_was.nan_to_num()), "inputs are not touched"
+
+
+@needs_gpu
+@every_case
+def test_on_a_gpu_either_equals_the_rust_kernel(case: Case) -> None:
+    for flat, columns in (
+        (device.accumulate, device.accumulate_columns),
+        (device.torch_accumulate, device.torch_accumulate_columns),
+    ):
+        weight, gradient, scores, sums = (tensor.cuda() for tensor in tensors(case))
+        bad, bad_columns = torch.zeros(2, 1, dtype=torch.int32, device="cuda").unbind()
+        flat(weight.view(-1), gradient.view(-1), scores.view(-1), bad)
+        columns(weight, gradient, sums, bad_columns)
+        require_equal(case, scores.cpu(), sums.cpu(), torch.cat([bad, bad_columns]))
+
+
+def test_what_scores_is_told_with_its_reason() -> None:
+    assert sensitivity.scorer(torch.device("cpu")) == "Rust"
+    found = sensitivity.scorer(torch.device("cuda"))
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        assert found == "Triton"
+    else:
+        assert found.startswith("torch: triton ")
+
+
+def test_without_triton_torch_scores(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from pkt.sensitivity import scorer\n"
+        "assert scorer(torch.device('cuda')) == 'torch: triton is not installed'"
+    )
+    process(["-c", code], tmp_path)
 
 
 def test_the_cases_have_both_answers() -> None:

@@ -144,6 +144,9 @@ def summary(made: Extraction, layers: int) -> str:
         ),
         ("report", str(made.folder / "report" / "index.html")),
     ]
+    scorer = str(run.get("scorer", ""))
+    if scorer.startswith("torch"):  # slower than what was meant to score
+        rows.insert(-1, ("scored by", scorer))
     return aligned(rows)
 
 
