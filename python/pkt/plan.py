@@ -1,7 +1,8 @@
 """What a run will hold, read and write, worked out from headers before anything is read.
 
 Anonymous memory only: mapped and cached pages are the kernel's to take back. Three phases bind:
-one layer's sweep, the head with its logits, and the factors; the plan lists the largest.
+one layer's sweep, the head with its logits, and the factors; the plan lists the largest. So it
+does for the memory of a CUDA device, by the same formulas; there it is an estimate, not measured.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pkt.schedule import peak_boundaries, schedule, turns
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
 BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
+DEVICE_BASE_BYTES = 256 * MIB  # of a device: work spaces, code, what fragments; estimated
+DEVICE_BLOCK_BYTES = 128 * MIB  # a row block of gradients there, and the head's; estimated
 WINDOW_BYTES = 16  # an element: as stored, in float32, and laid out for products from either side
 
 
@@ -82,9 +85,23 @@ def make_plan(
     base = PlanPart("torch, transformers, peft", BASE_BYTES)
     records = _sums_bytes(pairs) * teacher.layers if sums else 0
     kept = [PlanPart("sums of every layer", records)] if sums else []
+    largest = max((p.elements for p in matrices), default=0)
+
+    def phases(shared: list[PlanPart], matrix: bool, block: int) -> tuple[list[PlanPart], ...]:
+        held = largest if matrix else elements
+        sweep = [
+            *shared,
+            PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
+            PlanPart("gradient block", block),
+            PlanPart("activations of one seed", activations, f"{longest} tokens"),
+            PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
+        ]
+        ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
+        if embeddings:
+            ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
+        return sweep, ends
 
     def parts(slots: int, matrix: bool) -> tuple[PlanPart, ...]:
-        held = max((p.elements for p in matrices), default=0) if matrix else elements
         shared = [
             base,
             *kept,
@@ -94,17 +111,22 @@ def make_plan(
         ]
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
-        sweep = [
-            *shared,
-            PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
-            PlanPart("gradient block", BLOCK_BYTES),
-            PlanPart("activations of one seed", activations, f"{longest} tokens"),
-            PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
-        ]
-        ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
-        if embeddings:
-            ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
+        sweep, ends = phases(shared, matrix, BLOCK_BYTES)
         factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
+        return tuple(max((sweep, ends, factors), key=_total))
+
+    def on_device(matrix: bool) -> tuple[PlanPart, ...]:
+        """Of a CUDA device: two layers whatever the slots, which lie in the host's memory."""
+        shared = [
+            PlanPart("libraries", DEVICE_BASE_BYTES),
+            PlanPart("weights", 2 * elements * item, "a layer at work, the next one copied"),
+        ]
+        if converted:
+            stored = max((p.bytes for p in matrices), default=0)
+            shared.append(PlanPart("largest weight as stored", stored))
+        sweep, ends = phases(shared, matrix, DEVICE_BLOCK_BYTES)
+        ends.append(sweep[len(shared)])  # scores: what is allocated there is taken, used or not
+        factors = [shared[0], PlanPart("largest window", window)]
         return tuple(max((sweep, ends, factors), key=_total))
 
     settings = [(2, False), (1, False), (2, True), (1, True)]
@@ -147,6 +169,7 @@ def make_plan(
         adapter_bytes=adapter,
         room=room,
         least_spool=(least, spool(least)),
+        device_parts=on_device(matrix),
     )
 
 

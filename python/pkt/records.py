@@ -194,6 +194,7 @@ class Plan:
     flop: int = 0  #: multiplications and additions of the sweep, attention not counted
     room: Room | None = None  #: None: not asked for
     least_spool: tuple[int, int] = (1, 0)  #: the k whose spool is the smallest, and its bytes
+    device_parts: tuple[PlanPart, ...] = ()  #: of a CUDA device's memory at its peak, with --device
 
     @property
     def peak_bytes(self) -> int:
@@ -202,6 +203,10 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(part.bytes for part in self.device_parts)
 
     @property
     def disks(self) -> tuple[DiskNeed, ...]:

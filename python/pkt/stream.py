@@ -2,13 +2,15 @@
 
 torch owns the memory, the Rust core fills it without the GIL, and tensors are views of it: no
 copy lies between the disk and the model, except where the checkpoint's element type is not the
-one computed in, and on CUDA, where a copy stream carries the pinned slot to the device while
-the layer before it is at work. Where the order turns round, as from the forward to the backward
-pass, the jobs that the slots hold then are handed out again instead of being read again.
+one computed in, and on CUDA, where a copy stream carries the locked slot to the device while the
+layer before it is at work (never yet run on a GPU). Where the order turns round, as from the
+forward to the backward pass, the jobs that the slots hold then are handed out again instead of
+being read again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ import torch
 
 from pkt import _core
 from pkt.checkpoint import Checkpoint, Piece
-from pkt.config import READ_THREADS
+from pkt.config import READ_THREADS, format_bytes
+from pkt.errors import BudgetError
 from pkt.schedule import turns
 
 PAGE = 4096  # O_DIRECT wants memory and file offsets that agree modulo this
@@ -46,9 +49,9 @@ def layout(pieces: Sequence[Piece]) -> _core.Layout:
     return _core.layout([(p.shard, p.begin, p.end, _core.dtype_bytes(p.dtype)) for p in pieces])
 
 
-def arena(size: int, pinned: bool = False) -> torch.Tensor:
+def arena(size: int) -> torch.Tensor:
     """``size`` bytes whose first byte lies on a page boundary, dtype uint8."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
     return memory[-memory.data_ptr() % PAGE :][:size]
 
 
@@ -170,8 +173,10 @@ class WeightStream:
         self._wanted_again = {use for use in self._kept_from if use is not None}
         self._kept: dict[int, int] = {}  # use → the slot that still holds it
         self._dtype, self._device = dtype, device
-        pinned = device.type == "cuda"
-        self._slots = [arena(slot_bytes, pinned) for _ in range(slots)]
+        self._slots = [arena(slot_bytes) for _ in range(slots)]
+        self._waits, self._waited = 0, 0.0  # of a consumer for a copy on the device
+        if device.type == "cuda":
+            _lock(self._slots)
         reads = [
             plan for plan, kept in zip(self._layouts, self._kept_from, strict=True) if kept is None
         ]
@@ -189,11 +194,16 @@ class WeightStream:
 
     def counts(self) -> dict[str, Any]:
         """Bytes read, seconds reading, times and seconds that the consumer had to wait."""
-        return dict(self._core.counts())
+        counts = dict(self._core.counts())
+        if self._device.type == "cuda":  # there it is the copying thread that waits for the disk
+            counts |= {"stalls": self._waits, "stall_seconds": self._waited}
+        return counts
 
     def close(self) -> None:
         """Stop reading at once and give the slots back."""
         self._core.close()
+        if self._device.type == "cuda":
+            _unlock(self._slots)
         self._slots.clear()
 
     def _take(self, use: int) -> int:
@@ -218,16 +228,24 @@ class WeightStream:
         )  # fmt: skip
 
     def _on_device(self) -> Generator[dict[str, torch.Tensor]]:
-        """One job ahead: read, then copied by a stream of its own while the last one is used."""
+        """One job ahead: read, then copied by a stream of its own while the last one is used.
+
+        Elements are converted on the device: fewer bytes are copied, and from locked memory. A
+        slot is given back when its copy is done; what was copied belongs to the copying stream's
+        pool and is not used again there before the consumer's stream is through with it.
+        """
         copies = torch.cuda.Stream(self._device)
 
         def fetch(use: int) -> dict[str, torch.Tensor] | None:
             if use == len(self._jobs):
                 return None
             slot = self._take(use)
+            host = _views(self._slots[slot], self._layouts[use], self._jobs[use].pieces, None)
             with torch.cuda.stream(copies):
-                host = self._tensors(use, slot)
-                tensors = {n: t.to(self._device, non_blocking=True) for n, t in host.items()}
+                tensors = {
+                    name: tensor.to(copies.device, non_blocking=True).to(self._dtype)
+                    for name, tensor in host.items()
+                }
             copies.synchronize()
             self._give_back(use, slot)
             return tensors
@@ -235,22 +253,49 @@ class WeightStream:
         with ThreadPoolExecutor(1, "pkt-copy") as pool:
             ahead = pool.submit(fetch, 0)
             for use in range(len(self._jobs)):
+                self._waits += not ahead.done()
+                start = time.perf_counter()
                 tensors = ahead.result()
+                self._waited += time.perf_counter() - start
                 assert tensors is not None
                 for tensor in tensors.values():
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
+                    tensor.record_stream(torch.cuda.current_stream(copies.device))
                 ahead = pool.submit(fetch, use + 1)
                 yield tensors
+
+
+def _lock(slots: Sequence[torch.Tensor]) -> None:
+    """Keep the slots where they are, so that a device copies out of them by itself.
+
+    torch's own pinned memory would be rounded up to a power of two, and held when it is freed.
+    """
+    cuda = torch.cuda.cudart()
+    for at, slot in enumerate(slots):
+        if int(error := cuda.cudaHostRegister(slot.data_ptr(), slot.nbytes, 0)):
+            _unlock(slots[:at])
+            raise BudgetError(
+                f"a layer slot of {format_bytes(slot.nbytes)} cannot be locked in memory for "
+                f"copies to the device: {cuda.cudaGetErrorString(error)}",
+                "a smaller --max-ram has fewer slots",
+            )
+
+
+def _unlock(slots: Sequence[torch.Tensor]) -> None:
+    for slot in slots:
+        torch.cuda.cudart().cudaHostUnregister(slot.data_ptr())
 
 
 def _views(
     memory: torch.Tensor,
     plan: _core.Layout,
     pieces: dict[str, Piece],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     turned: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The pieces in ``memory``; ``turned``: its float16 has been made bfloat16 before."""
+    """The pieces in ``memory``, in ``dtype`` or, if ``None``, as they are stored.
+
+    ``turned``: its float16 has been made bfloat16 before.
+    """
     tensors = {}
     for (name, piece), place in zip(pieces.items(), plan.places, strict=True):
         raw = memory[place : place + piece.bytes]
@@ -258,5 +303,5 @@ def _views(
         if view.dtype == torch.float16 and dtype == torch.bfloat16:
             here = view.view(dtype)  # same size: in place
             view = here if turned else here.copy_(view.to(dtype))
-        tensors[name] = view.to(dtype)
+        tensors[name] = view if dtype is None else view.to(dtype)
     return tensors

@@ -16,7 +16,7 @@ CORE_IMPORTERS = {
     "checkpoint.py",
     "disk.py",
     "stream.py",
-    "sensitivity.py",
+    "sensitivity/__init__.py",
     "selection.py",
     "merging/blocks.py",
     "merging/writing.py",

@@ -10,7 +10,7 @@ import pytest
 
 import pkt
 import runs
-from pkt.api import require_fit
+from pkt.api import free_device_bytes, require_device_fit, require_fit
 from pkt.errors import BudgetError, UsageError
 from pkt.models import Model, open_model
 from pkt.plan import make_plan
@@ -259,6 +259,41 @@ def test_a_disk_too_small_for_any_k_is_refused_with_numbers(tmp_path: Path) -> N
     require_fit(planned(pair, room=room(least + kept)))
     with pytest.raises(BudgetError, match=r"OUT/\.work: this run writes"):
         require_fit(planned(pair, room=room(least, kept - 1)))
+
+
+def test_a_device_holds_two_layers_and_their_scores_whatever_the_slots(
+    pair: tuple[Model, Model],
+) -> None:
+    elements = sum(p.elements for p in pair[0].checkpoint.layers[0].values())
+    large = planned(pair)
+    small = planned(pair, large.peak_bytes - 1)
+    assert large.slots > small.slots
+    assert large.device_parts == small.device_parts
+    parts = {part.name: part.bytes for part in large.device_parts}
+    assert parts["weights"] == 2 * elements * 2
+    assert parts["scores, float32"] == 4 * elements
+    assert large.device_bytes == sum(parts.values())
+    matrix = planned(pair, large.smallest_bytes)
+    assert matrix.scores == "matrix"
+    assert matrix.device_bytes < large.device_bytes
+    longer = planned(pair, longest=2048)
+    assert longer.device_bytes > large.device_bytes
+    wide = {part.name: part.bytes for part in planned(pair, dtype="F32").device_parts}
+    assert wide["weights"] == 2 * parts["weights"]
+    assert "largest weight as stored" in wide
+
+
+def test_a_device_too_small_is_refused_with_numbers(pair: tuple[Model, Model]) -> None:
+    plan = planned(pair)
+    require_device_fit(plan, plan.device_bytes)
+    require_device_fit(plan, free_device_bytes("cpu"))
+    with pytest.raises(BudgetError) as caught:
+        require_device_fit(plan, plan.device_bytes - 1)
+    assert caught.value.exit_code == 4
+    assert caught.value.message.startswith("--device cuda: this run holds ")
+    assert "scores, float32 " in caught.value.message
+    with pytest.raises(BudgetError, match=r"; 1\.00 GiB are free"):
+        require_device_fit(plan, 1 << 30)
 
 
 def test_inspect_plans_without_a_student_and_names_what_is_wrong(tmp_path: Path) -> None:

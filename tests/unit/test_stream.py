@@ -55,6 +55,24 @@ def test_layers_come_as_stored_in_any_order(mode: str, slots: int, folder: Path)
     assert source.counts()["bytes"] >= seen, "counts survive the slots"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_layers_reach_a_gpu_as_stored(slots: int, computed: torch.dtype, folder: Path) -> None:
+    checkpoint, wanted = open_checkpoint(folder, 4), stored(folder)
+    source = CheckpointSource(checkpoint, "buffered", slots, computed, torch.device("cuda"))
+    order = [0, 1, 2, 3, 3, 2, 1, 0]
+    jobs = [(f"layer {i}", dict(checkpoint.layers[i])) for i in order]
+    for _ in range(2):  # the second time slots are locked that were unlocked before
+        for index, tensors in zip(order, source.jobs(jobs), strict=True):
+            for name, tensor in tensors.items():
+                assert tensor.device.type == "cuda"
+                expected = wanted[f"model.layers.{index}.{name}"].to(computed)
+                assert torch.equal(tensor.cpu(), expected)
+    next(iter(source.jobs(jobs)))
+    source.close()  # with a layer on its way
+
+
 @pytest.mark.parametrize(
     ("order", "slots", "kept"),
     [

@@ -1,5 +1,6 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
+from pkt.api.device import free_device_bytes, require_device_fit
 from pkt.api.evaluating import (
     data_formats,
     evaluate,
@@ -31,6 +32,7 @@ __all__ = [
     "export",
     "extract",
     "finished_export",
+    "free_device_bytes",
     "inspect",
     "pick_device",
     "prepare",
@@ -38,6 +40,7 @@ __all__ = [
     "prepare_export",
     "prepare_training",
     "reading",
+    "require_device_fit",
     "require_fit",
     "train",
     "write_overview",

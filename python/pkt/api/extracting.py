@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from pkt.api.device import free_device_bytes, require_device_fit
 from pkt.config import load_aliases, parse_bytes
 from pkt.errors import BudgetError, IncompatibleError, UsageError
 from pkt.host import memory_limit
@@ -270,6 +271,7 @@ def execute(
             return Extraction(folder, manifest, record)
         require_fit(task.plan)
         check_device(device)
+        require_device_fit(task.plan, free_device_bytes(device))
         chosen = io if isinstance(io, Reading) else reading(task, io)
         return seeking.run(
             task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify

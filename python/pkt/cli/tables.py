@@ -71,6 +71,7 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
         ("layer inputs kept", kept_inputs(plan)),
         *_disk_rows(plan),
         ("adapter", format_bytes(plan.adapter_bytes)),
+        ("--device cuda", f"{format_bytes(plan.device_bytes)} of its memory, estimated"),
     ]
     if reading:
         rows.append(("io", f"{reading.mode}: {reading.reason}"))
@@ -143,6 +144,9 @@ def summary(made: Extraction, layers: int) -> str:
         ),
         ("report", str(made.folder / "report" / "index.html")),
     ]
+    scorer = str(run.get("scorer", ""))
+    if scorer.startswith("torch"):  # slower than what was meant to score
+        rows.insert(-1, ("scored by", scorer))
     return aligned(rows)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from pkt.errors import IncompatibleError
 from pkt.sweep.spool import Scratch, Spool
 
-Sink = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], bool]
+Sink = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], bool | torch.Tensor]
 
 
 class Captures:
@@ -40,7 +40,7 @@ class Captures:
         self._weights: Mapping[str, torch.Tensor] = {}
         self._seen: dict[str, torch.Tensor] = {}
         self._number = 0
-        self.finite = True
+        self.finite: bool | torch.Tensor = True
         self.uncalled: str | None = None
 
     def __enter__(self) -> Captures:

@@ -20,7 +20,7 @@ from pkt.records import Sample
 if TYPE_CHECKING:
     from pkt.sweep.passes import Sweep
 
-Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool]
+Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool | torch.Tensor]
 
 ROW_ELEMENTS = 1 << 20  # gradient elements made at once
 
@@ -96,8 +96,9 @@ def _score_head(
     extra: tuple[torch.Tensor, torch.Tensor] | None,
     accumulate: Accumulate,
     sums: torch.Tensor,
-) -> bool:
-    step, finite = max(1, ROW_ELEMENTS // head.shape[1]), True
+) -> bool | torch.Tensor:
+    step = max(1, ROW_ELEMENTS // head.shape[1])
+    finite: bool | torch.Tensor = True
     for start in range(0, head.shape[0], step):
         stop = min(start + step, head.shape[0])
         gradient = dy[:, start:stop].t() @ x

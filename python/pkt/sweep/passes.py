@@ -46,15 +46,22 @@ Notify = Callable[[str, int, int], None]
 
 
 class Observer(Protocol):
-    """What becomes of the gradients, one sample at a time."""
+    """What becomes of the gradients, one sample at a time.
+
+    Whether they are finite may be told by a bool tensor, which the device need not know yet.
+    """
 
     def begin_layer(self, layer: int) -> None:
         """The layer's samples begin, perhaps anew: what was seen of a layer before is void."""
 
-    def linear(self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> bool:
+    def linear(
+        self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
+    ) -> bool | torch.Tensor:
         """One seed's input (n, in) and upstream gradient (n, out); false if not finite."""
 
-    def parameter(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> bool:
+    def parameter(
+        self, name: str, weight: torch.Tensor, gradient: torch.Tensor
+    ) -> bool | torch.Tensor:
         """One seed's gradient of any other parameter; false if not finite."""
 
     def finish_matrix(self, layer: int, module: str, weight: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from pkt.host import Costs, PeakMeter, describe
 from pkt.methods.seeking.steps import Scores, Start
 from pkt.methods.seeking.task import Task
 from pkt.records import Reading, Window
+from pkt.sensitivity import scorer
 from pkt.stream import CheckpointSource
 
 
@@ -58,6 +59,7 @@ def run_record(
         "notices": source.notices,
         "slots": task.plan.slots,
         "scores": task.plan.scores,
+        "scorer": scorer(source.device),
         "spool_every": task.plan.spool_every,
         "processes": task.processes,
         "threads": torch.get_num_threads(),

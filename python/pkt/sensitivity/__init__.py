@@ -1,8 +1,8 @@
 """How much each weight matters: S_i = Σ_j |θ_i · ∂L_j/∂θ_i| over seed samples j.
 
 The absolute value is taken per sample, then summed: gradients of two samples never meet.
-Source: arXiv 2310.11451, §3.1. On the CPU one Rust pass multiplies, takes the absolute value,
-accumulates in float32 and notices NaN; elsewhere torch does the same in row blocks.
+Source: arXiv 2310.11451, §3.1. One pass multiplies, takes the absolute value, accumulates in
+float32 and notices NaN: in Rust on the CPU, in Triton on CUDA (see `pkt.sensitivity.device`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ import torch
 from numpy.typing import NDArray
 
 from pkt import _core
+from pkt.sensitivity import device
 
-BLOCK_ELEMENTS = 1 << 22  # gradient elements made at once: they stay in cache until they are used
+# Gradient elements made at once: on the CPU they stay in cache until they are used; a device is
+# given enough to do for what it costs to start it. Never derived from a budget: a product in
+# blocks of another size may round otherwise.
+BLOCK_ELEMENTS = 1 << 22
+DEVICE_BLOCK_ELEMENTS = 1 << 24
+
+#: Whether all is finite. On a device a bool tensor: asking for its truth waits for the device.
+Finite = bool | torch.Tensor
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def accumulate(weight: torch.Tensor, gradient: torch.Tensor, scores: torch.Tensor) -> bool:
-    """Add ``|weight · gradient|`` to ``scores``; whether every product is finite.
+def accumulate(weight: torch.Tensor, gradient: torch.Tensor, scores: torch.Tensor) -> Finite:
+    """Add ``|weight · gradient|`` to ``scores``; whether every score is finite then.
 
     Args:
         weight: bfloat16, float16 or float32, contiguous.
@@ -30,16 +38,13 @@ def accumulate(weight: torch.Tensor, gradient: torch.Tensor, scores: torch.Tenso
         scores: float32, same shape, contiguous; changed in place.
 
     """
-    if scores.device.type != "cpu":
-        added = (weight.float() * gradient.float()).abs_()
-        scores += added
-        return bool(torch.isfinite(added.sum(dtype=torch.float64)))
-    bad = _core.accumulate(*_raw(weight), *_raw(gradient), scores.view(-1).numpy())
-    return bad is None
+    bad = _nothing_bad(scores)
+    _accumulate(weight, gradient, scores, bad)
+    return _finite(bad)
 
 
-def accumulate_columns(weight: torch.Tensor, gradient: torch.Tensor, sums: torch.Tensor) -> bool:
-    """Add the column sums of ``|weight · gradient|`` to ``sums``; whether all are finite.
+def accumulate_columns(weight: torch.Tensor, gradient: torch.Tensor, sums: torch.Tensor) -> Finite:
+    """Add the column sums of ``|weight · gradient|`` to ``sums``; whether all products are finite.
 
     For embeddings, whose window slides over the hidden axis only: (V, D) scores never exist.
 
@@ -49,13 +54,38 @@ def accumulate_columns(weight: torch.Tensor, gradient: torch.Tensor, sums: torch
         sums: (D,) float64; changed in place.
 
     """
-    if sums.device.type != "cpu":
-        added = (weight.float() * gradient.float()).abs_().sum(0, dtype=torch.float64)
-        sums += added
-        return bool(torch.isfinite(added).all())
-    columns = weight.shape[-1]
-    bad = _core.accumulate_columns(*_raw(weight), *_raw(gradient), columns, sums.numpy())
-    return bad is None
+    if sums.device.type == "cpu":
+        columns = weight.shape[-1]
+        return (
+            _core.accumulate_columns(*_raw(weight), *_raw(gradient), columns, sums.numpy()) is None
+        )
+    bad = _nothing_bad(sums)
+    device.accumulate_columns(weight, gradient, sums, bad)
+    return _finite(bad)
+
+
+def scorer(on: torch.device) -> str:
+    """What scores there, in words: "Rust", "Triton", or "torch" and why."""
+    return device.scorer(on.type)[1]
+
+
+def _accumulate(
+    weight: torch.Tensor, gradient: torch.Tensor, scores: torch.Tensor, bad: torch.Tensor
+) -> None:
+    """`accumulate`, which sets ``bad`` or leaves it alone."""
+    if scores.device.type != "cpu":
+        device.accumulate(weight, gradient, scores, bad)
+    elif _core.accumulate(*_raw(weight), *_raw(gradient), scores.view(-1).numpy()) is not None:
+        bad.fill_(1)
+
+
+def _nothing_bad(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
+def _finite(bad: torch.Tensor) -> Finite:
+    finite = bad[0] == 0
+    return bool(finite) if bad.device.type == "cpu" else finite
 
 
 def score_sum(scores: torch.Tensor) -> float:
@@ -99,23 +129,26 @@ class LayerScores:
         for seen in (self._scores, self._small, self._totals):
             seen.clear()
 
-    def linear(self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> bool:
+    def linear(
+        self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
+    ) -> Finite:
         """Score one sample of y = xWᵀ: x (n, in), dy (n, out)."""
         scores = self._scores.get(module)
         if scores is None:
             scores = self._scores[module] = self._take(weight)
         columns = weight.shape[1]
-        step = max(1, BLOCK_ELEMENTS // columns)
+        on_cpu = scores.device.type == "cpu"
+        step = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // columns)
         block = self._block_for(step * columns, weight)
-        finite = True
+        bad = _nothing_bad(scores)
         for start in range(0, weight.shape[0], step):
             part = slice(start, min(start + step, weight.shape[0]))
             gradient = block[: (part.stop - start) * columns].view(-1, columns)
             torch.mm(dy[:, part].t(), x, out=gradient)
-            finite &= accumulate(weight[part], gradient, scores[part])
-        return finite
+            _accumulate(weight[part], gradient, scores[part], bad)
+        return _finite(bad)
 
-    def parameter(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> bool:
+    def parameter(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> Finite:
         """Score one sample of any other parameter."""
         if name not in self._small:
             self._small[name] = torch.zeros(weight.shape, device=weight.device)
@@ -127,8 +160,9 @@ class LayerScores:
         if scores is None:
             scores = self._take(weight)
         self._combine(scores)
-        self._totals[module] = score_sum(scores)
-        self._on_matrix(layer, module, scores.cpu().numpy())
+        here = scores.cpu()
+        self._totals[module] = score_sum(here)
+        self._on_matrix(layer, module, here.numpy())
         if not self._scores:
             self._used = 0
 
