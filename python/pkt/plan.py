@@ -18,6 +18,7 @@ from pkt.schedule import peak_boundaries, schedule, turns
 
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
 BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
+HEAP_BYTES = 32 * MIB  # blocks from here on are glibc's own mappings, smaller ones lie in its heap
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
 DEVICE_BASE_BYTES = 256 * MIB  # of a device: work spaces, code, what fragments; estimated
 DEVICE_BLOCK_BYTES = 128 * MIB  # a row block of gradients there, and the head's; estimated
@@ -75,8 +76,9 @@ def make_plan(
     head = teacher.head or teacher.embedding
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
     logits = LOGIT_ELEMENTS * (2 * item + 14)  # in the head's type and in float32, and gradients
-    per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
-    activations = 2 * longest * per_token * item + _attention_bytes(teacher, longest, item)
+    widths = [*(width for p in matrices for width in p.shape), *(8 * [teacher.hidden_size])]
+    activations = sum(_kept_bytes(longest * width * item) for width in widths)
+    activations += _attention_bytes(teacher, longest, item)
     mask = 2 * longest * longest * (item if _eager(teacher) else 1)  # sliding and full
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
     window = _window_bytes(pairs)
@@ -187,6 +189,14 @@ def _total(parts: Iterable[PlanPart]) -> int:
 def _eager(teacher: Model) -> bool:
     """Whether transformers runs its eager attention for this family (it has soft caps)."""
     return teacher.family == "gemma2"
+
+
+def _kept_bytes(tensor: int) -> int:
+    """Of an activation of so many bytes and of the gradients beside it.
+
+    The allocator gives the pages of large ones back at once; smaller ones leave gaps in its heap.
+    """
+    return tensor * 5 // 4 if tensor >= HEAP_BYTES else 2 * tensor
 
 
 def _attention_bytes(teacher: Model, longest: int, item: int) -> int:

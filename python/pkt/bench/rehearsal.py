@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pkt.checkpoint import Checkpoint, Piece
+from pkt.checkpoint import Piece
 from pkt.cutting import cut_window, stack_parts
 from pkt.disk import Stretch, drop_cached, on_disk
 from pkt.factorization import factorize
