@@ -1,5 +1,11 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
+from pkt.api.aligning import (
+    execute_targets,
+    finished_targets,
+    prepare_targets,
+    write_targets,
+)
 from pkt.api.evaluating import (
     data_formats,
     evaluate,
@@ -27,18 +33,22 @@ __all__ = [
     "execute",
     "execute_evaluation",
     "execute_export",
+    "execute_targets",
     "execute_training",
     "export",
     "extract",
     "finished_export",
+    "finished_targets",
     "inspect",
     "pick_device",
     "prepare",
     "prepare_evaluation",
     "prepare_export",
+    "prepare_targets",
     "prepare_training",
     "reading",
     "require_fit",
     "train",
     "write_overview",
+    "write_targets",
 ]
