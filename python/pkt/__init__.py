@@ -1,8 +1,8 @@
 """Moves knowledge from a very large language model into a small one.
 
 `pkt.inspect`, `extract`, `train`, `export` and `evaluate` do what the commands do and return the
-records of `pkt.records`, as does `write_targets` (`pkt align --targets-only`); `pkt.compare.compare`
-puts starts side by side. Importing pkt loads no torch.
+records of `pkt.records`, as does `write_targets` (`pkt align --targets-only`);
+`pkt.compare.compare` puts starts side by side. Importing pkt loads no torch.
 """
 
 from __future__ import annotations

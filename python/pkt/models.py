@@ -81,7 +81,7 @@ class Model:
 
     @property
     def small(self) -> bool:
-        """Whether its layers are tiny: decided by their size alone, so that results are the same."""
+        """Whether its layers are tiny: by their size alone, so that results are the same."""
         layers = self.checkpoint.layers
         return max(sum(p.elements for p in layer.values()) for layer in layers) < SMALL_LAYER
 

@@ -150,8 +150,8 @@ class Factors:
 class TopLogits:
     """What a teacher says at n answer tokens: its k largest logits and the sum over all of them.
 
-    ``logits`` are (n, k) float32, descending, of equal ones the lower id first; ``ids`` (n, k) int32;
-    ``logsumexp`` (n,) float64, the logarithm of Σ exp over the whole vocabulary.
+    ``logits`` are (n, k) float32, descending, of equal ones the lower id first; ``ids`` (n, k)
+    int32; ``logsumexp`` (n,) float64, the logarithm of Σ exp over the whole vocabulary.
     """
 
     logits: Any

@@ -1,9 +1,9 @@
-"""What a teacher says at each answer token, on the disk: its largest logits, for a student to learn.
+"""What a teacher says at each answer token, on the disk, for a student to learn: its top logits.
 
-A folder of targets holds shards of whole rows, one row an answer token in the order of the data, and
-``index.json`` that says which examples are where. Rows are exact: logits in float32 as they were
-computed, their log-sum-exp in float64; the tail that is left out is known by its probability. What
-only pads a vocabulary (rows beyond the tokenizer's) counts in neither.
+A folder of targets holds shards of whole rows, one row an answer token in the order of the data,
+and ``index.json`` that says which examples are where. Rows are exact: logits in float32 as they
+were computed, their log-sum-exp in float64; the tail that is left out is known by its probability.
+What only pads a vocabulary (rows beyond the tokenizer's) counts in neither.
 
 =============  ======  ===============  ====================================================
 tensor         dtype   shape            content
@@ -95,7 +95,7 @@ def top_logits(logits: torch.Tensor, top_k: int, vocabulary: int) -> TopLogits:
 
 def tail(top: TopLogits) -> torch.Tensor:
     """Probability (n,) of all other tokens, float64: 1 − Σ exp(logit − logsumexp), at least 0."""
-    inside = (top.logits.double() - top.logsumexp[:, None]).exp().sum(-1)
+    inside: torch.Tensor = (top.logits.double() - top.logsumexp[:, None]).exp().sum(-1)
     return (1 - inside).clamp_min(0)
 
 
@@ -106,7 +106,8 @@ def pack(parts: Iterable[TopLogits]) -> bytes:
         name: torch.cat([getattr(part, name) for part in listed])
         for name in ("logits", "ids", "logsumexp")
     }
-    return save(columns, metadata={"format": "pt"})
+    data: bytes = save(columns, metadata={"format": "pt"})
+    return data
 
 
 def index_text(shards: Sequence[tuple[Shard, str]], answers: Sequence[int], top_k: int) -> str:
@@ -174,7 +175,7 @@ def _opened(path: Path, shard: Shard, digest: str, top_k: int) -> Any:
             found = hashlib.file_digest(raw, "sha256").hexdigest()
         if found != digest:
             raise _damaged(path, f"expected SHA-256 {digest[:12]}…, found {found[:12]}…")
-        file = safe_open(str(path), framework="pt")
+        file: Any = safe_open(str(path), framework="pt")
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error

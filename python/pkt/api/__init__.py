@@ -1,6 +1,7 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
 from pkt.api.aligning import (
+    TOP_K,
     execute_targets,
     finished_targets,
     prepare_targets,
@@ -26,6 +27,7 @@ from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
+    "TOP_K",
     "check_device",
     "continuations",
     "data_formats",

@@ -119,9 +119,7 @@ def execute_targets(
     require_fit(task.plan)
     check_device(device)
     chosen = io if isinstance(io, Reading) else reading(task, io)
-    return targeting.run(
-        task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify
-    )
+    return targeting.run(task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify)
 
 
 def finished_targets(task: Task, folder: Path) -> Recording | None:

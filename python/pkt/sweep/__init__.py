@@ -1,6 +1,4 @@
-"""One decoder layer at a time: the teacher's gradients from two readings of its files, or from one
-what it says of many texts.
-"""
+"""One decoder layer at a time: the teacher's gradients from two readings, its logits from one."""
 
 from pkt.sweep.answers import answer_logits
 from pkt.sweep.passes import Observer, Source, Sweep

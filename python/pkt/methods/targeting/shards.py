@@ -68,9 +68,7 @@ class LogitShards:
         task = self._task
         answers = [sample.loss_tokens for sample in task.samples.samples]
         digests = [str(record["sha256"]) for record in self.records]
-        text = index_text(
-            list(zip(task.shards, digests, strict=True)), answers, task.config.top_k
-        )
+        text = index_text(list(zip(task.shards, digests, strict=True)), answers, task.config.top_k)
         with durable(self._folder / INDEX) as file:
             file.write(text.encode())
         return {
@@ -106,6 +104,6 @@ def _record(shard: Shard) -> str:
 def _intact(path: Path, record: dict[str, Any]) -> bool:
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
+            return hashlib.file_digest(file, "sha256").hexdigest() == str(record["sha256"])
     except OSError:
         return False
