@@ -101,7 +101,7 @@ class Cells:
             if arm.examples:
                 options["max_examples"] = arm.examples
             if arm.distils:
-                options["teacher_targets"] = self._targets(options)
+                options["teacher_targets"] = self._teacher_targets(options)
             self._tasks[key] = prepare_training(setting.student, setting.data, **options)
         return self._tasks[key]
 
@@ -119,7 +119,7 @@ class Cells:
         execute(task, folder, device=setting.device, notify=self._notify)
         return folder
 
-    def _targets(self, train: Mapping[str, Any]) -> Path:
+    def _teacher_targets(self, train: Mapping[str, Any]) -> Path:
         """The teacher's logits on the training data, written once for all arms that share it."""
         setting, names = self.setting, ("template", "max_tokens", "max_examples", "max_ram")
         options = {name: train[name] for name in (*names, "aliases") if name in train}
