@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -278,3 +279,47 @@ def test_the_built_in_student_comes_nearer_to_its_teacher(tmp_path: Path) -> Non
     before = mean_agreement(agreement(small, large, samples)).kl
     tuned = PeftModel.from_pretrained(small, str(tmp_path / "tuned"))
     assert mean_agreement(agreement(tuned, large, samples)).kl < 0.95 * before
+
+
+def test_a_disk_that_takes_no_more_costs_nothing_that_is_finished(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Here the targets do not fit, though every file of hidden states did: these are kept."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert bench.align(whole, "-q", **{"top-k": 0}).code == 0
+    size = next((whole / "targets").glob("*.safetensors")).stat().st_size
+    words = [
+        "align", "--targets-only", "--teacher", bench.inputs.teacher, "--student",
+        bench.inputs.student, "--data", bench.data, "--top-k", 0, "-o", out,
+    ]  # fmt: skip
+    command = shlex.join([sys.executable, "-m", "pkt", *map(str, words)])
+    limited = ["bash", "-c", f"ulimit -f {size // 1024 - 1}; exec {command}"]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "forward  4/4" in done.stderr
+    assert "logits-00001-of-00001.safetensors: cannot write" in done.stderr
+    again = pkt(*words)
+    assert again.code == 0, again.err
+    assert "forward" not in again.err.partition("at the peak")[2].partition("teacher's loss")[0]
+    assert contents(out) == contents(whole)
+
+
+def test_two_processes_learn_what_one_does(bench: Bench, tmp_path: Path) -> None:
+    words = [
+        "--student", bench.inputs.student, "--data", bench.data, *QUICK, "--dropout", 0,
+        "--distill", "topk-kl", "--teacher-targets", bench.said, "--distill-weight", 0.5,
+    ]  # fmt: skip
+    assert pkt("train", *words, "-o", tmp_path / "one").code == 0
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
+        "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
+        "-m", "pkt", "train", *words, "--device", "cpu", "-o", tmp_path / "two",
+    ]  # fmt: skip
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    ours, theirs = ([row["loss"] for row in rows] for rows in (one, two))
+    assert ours == pytest.approx(theirs, rel=1e-4)
