@@ -201,13 +201,13 @@ class Plan:
     read_bytes: int  #: from the teacher, in all
     spool_bytes: int  #: largest size of the spool: hidden states and gradients, X and dY
     adapter_bytes: int
+    passes: int = 2  #: times that the order of the layers is gone through
     record_bytes: int = 0  #: what finished layers leave in OUT/.work, wherever the spool lies
     spool_every: int = 1  #: every k-th layer's inputs are kept on the disk
     recomputed_layers: int = 0  #: run forward once more, as their inputs were not kept
     flop: int = 0  #: multiplications and additions of the sweep, attention not counted
     room: Room | None = None  #: None: not asked for
     least_spool: tuple[int, int] = (1, 0)  #: the k whose spool is the smallest, and its bytes
-    passes: int = 2  #: times that the order of the layers is gone through
 
     @property
     def peak_bytes(self) -> int:
