@@ -18,6 +18,7 @@ from pkt.errors import UsageError
 GIB = 1 << 30
 MIB = 1 << 20
 LOGIT_ELEMENTS = 1 << 23  # logits made at once; a constant, so that no result depends on a budget
+SMALL_LAYER = 1 << 20  # parameters; products this small lose more to threads than they gain
 READ_THREADS = 8  # that read files; twice as many gained nothing where it was measured
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}

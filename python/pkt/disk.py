@@ -84,7 +84,8 @@ def choose_io(
     """
     cache = available_bytes - plan.peak_bytes
     if checkpoint.bytes + plan.spool_bytes <= cache:
-        return Reading("buffered", "the page cache can hold the checkpoint for the second pass")
+        purpose = " for the second pass" if plan.passes > 1 else ""
+        return Reading("buffered", f"the page cache can hold the checkpoint{purpose}")
     if not measured:
         return Reading("auto", "more than the page cache can hold; measured when a run begins")
     found = measure_modes(checkpoint.files, stretch_bytes)
@@ -92,7 +93,10 @@ def choose_io(
     if not rates:
         reason = "more than the page cache can hold, and too little on the disk to measure"
         return Reading("direct", reason)
-    again = sum(sum(p.bytes for p in layer.values()) for layer in checkpoint.layers[: -plan.slots])
+    again = 0
+    if plan.passes > 1:
+        read_twice = checkpoint.layers[: -plan.slots]
+        again = sum(sum(p.bytes for p in layer.values()) for layer in read_twice)
     return choose_mode(rates, plan.read_bytes, min(max(0, cache), again))
 
 

@@ -23,6 +23,7 @@ from pkt.checkpoint import (
     first_of,
     open_checkpoint,
 )
+from pkt.config import SMALL_LAYER
 from pkt.errors import CheckpointError, IncompatibleError, UsageError
 from pkt.jsonfile import read_object, require_regular, shown
 
@@ -77,6 +78,12 @@ class Model:
     def head_dim(self) -> int:
         """Rows a head of q, k and v."""
         return int(self.config.get("head_dim") or self.hidden_size // self.heads)
+
+    @property
+    def small(self) -> bool:
+        """Whether its layers are tiny: by their size alone, so that results are the same."""
+        layers = self.checkpoint.layers
+        return max(sum(p.elements for p in layer.values()) for layer in layers) < SMALL_LAYER
 
     @property
     def positions(self) -> int | None:
@@ -217,6 +224,15 @@ def vocabulary(model: Model) -> Mapping[str, int] | None:
     if isinstance(listed, list):  # unigram: pairs of piece and score
         listed = {piece[0]: index for index, piece in enumerate(listed)}
     return {**listed, **added}
+
+
+def vocabulary_sha256(model: Model) -> str | None:
+    """SHA-256 over (token, id) in the order of the ids; ``None`` where `vocabulary` is."""
+    found = vocabulary(model)
+    if found is None:
+        return None
+    pairs = sorted(found.items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def load_tokenizer(model: Model) -> Any:

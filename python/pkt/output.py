@@ -28,7 +28,7 @@ TUNED = (*ADAPTER, "metrics.jsonl")
 _OF_WORK = ("device", "processes", "weights")
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
-    *TUNED, "results.json", "results.md", "details", "pkt_run.json",
+    *TUNED, "results.json", "results.md", "details", "targets", "pkt_run.json",
     MANIFEST, WORK,
 )  # fmt: skip
 

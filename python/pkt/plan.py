@@ -175,6 +175,91 @@ def make_plan(
     )
 
 
+def make_forward_plan(
+    teacher: Model,
+    *,
+    dtype: str,
+    tokens: int,
+    longest: int,
+    answers: int,
+    results: int,
+    held: int,
+    budget: tuple[int, str],
+    room: Room | None = None,
+) -> Plan:
+    """The plan of one pass forward, which leaves targets.
+
+    Args:
+        teacher: larger model.
+        dtype: computed in, "F32" or "BF16".
+        tokens: of all examples.
+        longest: tokens of the longest example.
+        answers: answer tokens of all examples.
+        results: bytes of the targets.
+        held: bytes of them in memory at once, at most.
+        budget: bytes allowed, and where that number comes from.
+        room: what the disks have free; ``None``: enough.
+
+    Returns:
+        the plan with read-ahead (two slots) if that fits, else with one slot.
+
+    """
+    item = DTYPE_BYTES[dtype]
+    layer = max(teacher.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
+    matrices = [p for p in layer.values() if len(p.shape) == 2]
+    elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
+    slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
+    converted = 0 if _native(layer, dtype) else elements * item
+    head = teacher.head or teacher.embedding
+    head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
+    per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
+    activations = longest * per_token * item + _attention_bytes(teacher, longest, item)
+    mask = 2 * longest * longest * (item if _eager(teacher) else 1)  # sliding and full
+
+    def parts(slots: int) -> tuple[PlanPart, ...]:
+        note = f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
+        shared = [
+            PlanPart("torch, transformers, peft", BASE_BYTES),
+            PlanPart("layer slots", slots * slot, note),
+        ]
+        if converted:
+            shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
+        forward = [
+            *shared,
+            PlanPart("activations of one example", activations, f"{longest} tokens"),
+            PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
+        ]
+        ends = [
+            *shared,
+            PlanPart("head", head_bytes),
+            PlanPart("logits", LOGIT_ELEMENTS * (2 * item + 14)),
+            PlanPart("targets of one file", 3 * held, "as rows, joined, as bytes"),
+        ]
+        return tuple(max((forward, ends), key=_total))
+
+    sizes = {slots: _total(parts(slots)) for slots in (2, 1)}
+    slots = next((count for count, size in sizes.items() if size <= budget[0]), 1)
+    read = sum(p.bytes for pieces in teacher.checkpoint.layers for p in pieces.values())
+    products = 2 * tokens * sum(p.elements for p in matrices) * teacher.layers
+    spool = 2 * tokens * teacher.hidden_size * item  # the inputs of a layer and its outputs
+    return Plan(
+        budget_bytes=budget[0],
+        budget_source=budget[1],
+        parts=parts(slots),
+        smallest_bytes=-(-sizes[1] // MIB) * MIB,
+        slots=slots,
+        scores="layer",
+        read_bytes=read + head.bytes + teacher.embedding.bytes,
+        spool_bytes=spool,
+        record_bytes=results,
+        adapter_bytes=0,
+        flop=products + 2 * answers * head.elements,
+        room=room,
+        least_spool=(1, spool),
+        passes=1,
+    )
+
+
 def _spool_room(room: Room | None, others: int) -> int | None:
     """Bytes that the spool may take; ``None``: as many as it likes."""
     if room is None:

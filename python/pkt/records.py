@@ -147,6 +147,19 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogits:
+    """What a teacher says at n answer tokens: its k largest logits and the sum over all of them.
+
+    ``logits`` are (n, k) float32, descending, of equal ones the lower id first; ``ids`` (n, k)
+    int32; ``logsumexp`` (n,) float64, the logarithm of Σ exp over the whole vocabulary.
+    """
+
+    logits: Any
+    ids: Any
+    logsumexp: Any
+
+
+@dataclass(frozen=True, slots=True)
 class PlanPart:
     """One share of memory, disk or reading, in bytes."""
 
@@ -185,9 +198,10 @@ class Plan:
     smallest_bytes: int  #: the least --max-ram that this run fits in
     slots: int  #: layer slots: 1 reads and computes in turn, 2 reads ahead
     scores: Literal["layer", "matrix"]  #: resident for a whole layer, or one matrix at a time
-    read_bytes: int  #: from the teacher, both passes and the windows
+    read_bytes: int  #: from the teacher, in all
     spool_bytes: int  #: largest size of the spool: hidden states and gradients, X and dY
     adapter_bytes: int
+    passes: int = 2  #: times that the order of the layers is gone through
     record_bytes: int = 0  #: what finished layers leave in OUT/.work, wherever the spool lies
     spool_every: int = 1  #: every k-th layer's inputs are kept on the disk
     recomputed_layers: int = 0  #: run forward once more, as their inputs were not kept
@@ -268,6 +282,15 @@ class Heat:
 @dataclass(frozen=True, slots=True)
 class Extraction:
     """A finished `pkt extract`: where it is, what the manifest says, what the run cost."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Finished targets of a teacher: where they are, what the manifest says, what they cost."""
 
     folder: Path
     manifest: Mapping[str, Any]

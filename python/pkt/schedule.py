@@ -18,10 +18,11 @@ class Step:
     """What is done at once: it leaves a boundary, or the gradients at one, whole or not at all.
 
     "embed" makes boundary 0, "forward" the one behind its layer, "head" the gradients at
-    boundary L, "backward" those at the inputs of its layer.
+    boundary L, "backward" those at the inputs of its layer, "targets" what is wanted of the
+    hidden states at the boundary of its number.
     """
 
-    kind: Literal["embed", "forward", "head", "backward"]
+    kind: Literal["embed", "forward", "head", "backward", "targets"]
     layer: int
     again: bool = False  #: it has been done before: its file was not kept, or is lost
     drops: tuple[int, ...] = ()  #: boundaries that neither it nor a later step reads
@@ -78,6 +79,27 @@ def schedule(
         backward(range(pending, top), again=True)
     backward(range(pending), again=False)
     return _with_drops(steps, held, {depth} if last else set())
+
+
+def forward_schedule(wanted: Collection[int], held: Collection[int] = ()) -> list[Step]:
+    """The steps of one pass forward: nothing of the teacher is used twice.
+
+    Args:
+        wanted: boundaries of which targets are to be made, in ascending order as they come by.
+        held: boundaries that are there: the highest one below all that are wanted is gone on from.
+
+    """
+    pending = sorted(set(wanted))
+    if not pending:
+        return []
+    at = max((b for b in held if b <= pending[0]), default=None)
+    steps = [Step("embed", 0)] if at is None else []
+    for boundary in range(at or 0, pending[-1] + 1):
+        if boundary in pending:
+            steps.append(Step("targets", boundary))
+        if boundary < pending[-1]:
+            steps.append(Step("forward", boundary))
+    return _with_drops(steps, held, set())
 
 
 def peak_boundaries(depth: int, every: int, last: bool) -> int:

@@ -22,7 +22,7 @@ from pkt.cli import demo as demo_command
 from pkt.cli.interrupts import Interruption, Interrupts
 from pkt.cli.progress import Progress
 
-COMMANDS = ("inspect", "extract", "train", "eval", "compare", "bench", "env", "demo")
+COMMANDS = ("inspect", "extract", "align", "train", "eval", "compare", "bench", "env", "demo")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -116,3 +116,21 @@ def test_other_data_in_the_same_folder_is_refused(inputs, tmp_path):
     changed = compare(inputs, out, "--arms", "lora", "--max-examples", 3)
     assert changed.code == 1
     assert "expected an empty folder or this run's own" in changed.error
+
+
+def test_arms_that_learn_from_the_teachers_logits(inputs, tmp_path):
+    out = tmp_path / "out"
+    made = compare(inputs, out, "--arms", "lora,kd,seeking+kd")
+    assert made.code == 0, made.err
+    rows = {row["arm"]: row for row in json.loads((out / "results.json").read_text())["arms"]}
+    assert {name for name, row in rows.items() if row["knows_teacher"]} == {"kd", "seeking+kd"}
+    assert len({row["trainable"] for row in rows.values()}) == 1
+    assert len({tuple(row["test_by_repeat"]) for row in rows.values()}) == 3
+    assert not (out / ".work").exists()
+    varied = compare(
+        inputs, tmp_path / "varied", "--arms", "kd", "--vary", "examples", "--values", "4,8"
+    )
+    assert varied.code == 0, varied.err
+    refused = compare(inputs, tmp_path / "no", "--arms", "kd", "--vary", "split")
+    assert refused.code == 2
+    assert "extracts nothing" in refused.error

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from pkt.schedule import Step, peak_boundaries, schedule, turns
+from pkt.schedule import Step, forward_schedule, peak_boundaries, schedule, turns
 
 
 def walk(
@@ -122,3 +122,33 @@ def test_segments_turn_too(slots: int) -> None:
     read = kept.count(None)
     saved = min(slots, 4) + 2 * min(slots - 1, 3)
     assert read == 24 + again - saved
+
+
+def subsets(count: int) -> list[set[int]]:
+    numbers = range(count)
+    sizes = range(count + 1)
+    return [set(c) for size in sizes for c in itertools.combinations(numbers, size)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_pass_forward_comes_by_every_wanted_boundary_once(depth: int) -> None:
+    for wanted, held in itertools.product(subsets(depth + 1)[1:], subsets(depth + 1)):
+        there, seen, forward = set(held), [], []
+        for step in forward_schedule(wanted, held):
+            assert set(step.drops) <= there
+            there -= set(step.drops)
+            if step.kind == "embed":
+                there.add(0)
+                continue
+            assert step.layer in there
+            if step.kind == "forward":
+                forward.append(step.layer)
+                there.add(step.layer + 1)
+                assert len(there) == 2, "the inputs of one layer, and its outputs"
+            else:
+                assert step.kind == "targets"
+                seen.append(step.layer)
+        assert seen == sorted(wanted)
+        start = max((b for b in held if b <= min(wanted)), default=0)
+        assert forward == list(range(start, max(wanted)))
+        assert forward_schedule([], held) == []

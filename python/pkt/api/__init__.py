@@ -1,5 +1,12 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
+from pkt.api.aligning import (
+    TOP_K,
+    execute_targets,
+    finished_targets,
+    prepare_targets,
+    write_targets,
+)
 from pkt.api.device import free_device_bytes, require_device_fit
 from pkt.api.evaluating import (
     data_formats,
@@ -21,6 +28,7 @@ from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
+    "TOP_K",
     "check_device",
     "continuations",
     "data_formats",
@@ -28,20 +36,24 @@ __all__ = [
     "execute",
     "execute_evaluation",
     "execute_export",
+    "execute_targets",
     "execute_training",
     "export",
     "extract",
     "finished_export",
+    "finished_targets",
     "free_device_bytes",
     "inspect",
     "pick_device",
     "prepare",
     "prepare_evaluation",
     "prepare_export",
+    "prepare_targets",
     "prepare_training",
     "reading",
     "require_device_fit",
     "require_fit",
     "train",
     "write_overview",
+    "write_targets",
 ]

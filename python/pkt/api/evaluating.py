@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pkt.api.extracting import Notify, budget, check_device, compute_dtype
+from pkt.api.extracting import Notify, budget, check_device, compute_dtype, shared_rows
 from pkt.config import MIB, format_bytes, load_aliases
 from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
-from pkt.models import Model, load_tokenizer, open_model, vocabulary
+from pkt.models import Model, load_tokenizer, open_model
 from pkt.records import Evaluation, Template
 
 if TYPE_CHECKING:
@@ -90,7 +90,12 @@ def prepare_evaluation(
     wants_loss = any(each.name == "loss" for each in asked)
     if any(each.name != "loss" for each in asked):
         require_lm_eval()
-    shared = _shared_rows(small, big) if big and wants_loss else None
+    shared = None
+    if big and wants_loss:
+        shared = shared_rows(
+            big, small, "losses a token compare within one vocabulary only",
+            "leave out the task 'loss', or --teacher",
+        )  # fmt: skip
     _require_room(small, big, dtypes, wants_loss, max_ram)
     if allow_code_exec and any(each.name in ("humaneval", "mbpp") for each in asked):
         from pkt.sandbox import isolation
@@ -229,25 +234,6 @@ def _require_keys(adapter: Adapter, student: Model) -> None:
             f"{adapter.folder}: adapter of another student: {reason}",
             "give the student it was trained on as --model",
         ) from error
-
-
-def _shared_rows(student: Model, teacher: Model) -> int:
-    """Tokens of the vocabulary of both; refuses different ones."""
-    ours, theirs = vocabulary(student), vocabulary(teacher)
-    for model, found in ((student, ours), (teacher, theirs)):
-        if found is None:
-            raise IncompatibleError(f"{model.folder}: no tokenizer.json to compare vocabularies by")
-    assert ours is not None
-    assert theirs is not None
-    if ours != theirs:
-        differing = len(set(ours.items()) ^ set(theirs.items()))
-        raise IncompatibleError(
-            f"{teacher.name}, {student.name}: {differing} entries of the two tokenizers differ; "
-            "losses a token compare within one vocabulary only",
-            "leave out the task 'loss', or --teacher",
-        )
-    rows = max(ours.values(), default=-1) + 1
-    return min(rows, student.embedding.shape[0], teacher.embedding.shape[0])
 
 
 def _require_room(

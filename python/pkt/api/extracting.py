@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from pkt.api.device import free_device_bytes, require_device_fit
 from pkt.config import load_aliases, parse_bytes
@@ -31,6 +31,18 @@ if TYPE_CHECKING:
     from pkt.methods.seeking import Task
 
 Notify = Callable[[str, int, int], None]
+
+
+class HasPlan(Protocol):
+    """A prepared run that streams a teacher."""
+
+    @property
+    def teacher(self) -> Model:
+        """The model that is read."""
+
+    @property
+    def plan(self) -> Plan:
+        """What the run holds, reads and writes."""
 
 
 def inspect(
@@ -278,7 +290,7 @@ def execute(
         )
 
 
-def reading(task: Task, io: IoMode = "auto", *, measured: bool = True) -> Reading:
+def reading(task: HasPlan, io: IoMode = "auto", *, measured: bool = True) -> Reading:
     """The reading mode of a run: as asked, or chosen by a short measurement of the files.
 
     Without ``measured`` no file is read, and the mode stays "auto" where that would decide.
@@ -304,8 +316,9 @@ def require_fit(plan: Plan) -> None:
     for disk in plan.disks:
         if disk.bytes > disk.free_bytes:
             raise BudgetError(
-                f"{disk.folder}: this run writes {format_bytes(disk.bytes)} there (--spool-every "
-                f"{plan.spool_every}), and its disk has {format_bytes(disk.free_bytes)} free",
+                f"{disk.folder}: this run writes {format_bytes(disk.bytes)} there"
+                + (f" (--spool-every {plan.spool_every})" if plan.passes > 1 else "")
+                + f", and its disk has {format_bytes(disk.free_bytes)} free",
                 _more_room(plan),
             )
 
@@ -326,6 +339,11 @@ def _more_room(plan: Plan) -> str:
     every, least = plan.least_spool
     assert plan.room is not None
     others = plan.disks[0].bytes - plan.spool_bytes  # on the disk of the spool
+    if plan.passes == 1:
+        return (
+            "make room, name another disk with --spool-dir, or take fewer or shorter examples "
+            "(--max-examples, --max-tokens)"
+        )
     if least + others <= plan.room.spool_free and plan.spool_bytes > least:
         return f"--spool-every {every} needs {format_bytes(least + others)}"
     return (
@@ -412,6 +430,36 @@ def require_choice(option: str, value: str, kind: Any) -> None:
     """Raise `UsageError` unless ``value`` is one of the literals of ``kind``."""
     if value not in get_args(kind):
         raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(kind))}")
+
+
+def shared_rows(teacher: Model, student: Model, why: str, remedy: str) -> int:
+    """Tokens of the one vocabulary that both have, without rows that only pad it.
+
+    Args:
+        teacher: larger model.
+        student: smaller model.
+        why: the same tokenizer is needed, for the message.
+        remedy: what to do otherwise.
+
+    Raises:
+        IncompatibleError: their tokenizers differ, or one has no tokenizer.json.
+
+    """
+    ours, theirs = vocabulary(student), vocabulary(teacher)
+    for model, found in ((student, ours), (teacher, theirs)):
+        if found is None:
+            raise IncompatibleError(f"{model.folder}: no tokenizer.json to compare vocabularies by")
+    assert ours is not None
+    assert theirs is not None
+    if ours != theirs:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise IncompatibleError(
+            f"{teacher.name}, {student.name}: {differing} entries of the two tokenizers differ; "
+            f"{why}",
+            remedy,
+        )
+    rows = max(ours.values(), default=-1) + 1
+    return min(rows, student.embedding.shape[0], teacher.embedding.shape[0])
 
 
 def same_vocabulary(teacher: Model, student: Model) -> bool:

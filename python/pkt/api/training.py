@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pkt.api.distilling import open_teacher, require_pair
 from pkt.api.extracting import base_name, budget, check_device, compute_dtype, require_choice
 from pkt.config import format_bytes, load_aliases
 from pkt.errors import BudgetError, CheckpointError, IncompatibleError, UsageError
@@ -39,6 +40,9 @@ def prepare_training(
     max_tokens: int = 2048,
     max_examples: int = 1000,
     dtype: str = "auto",
+    distill: str | None = None,
+    teacher_targets: str | Path | None = None,
+    distill_weight: float = 1.0,
     max_ram: str | None = None,
     processes: int = 1,
     aliases: Mapping[str, str] | None = None,
@@ -61,6 +65,9 @@ def prepare_training(
         max_tokens: longer examples are cut.
         max_examples: the first so many rows are used; 0: all.
         dtype: of the student's weights: auto, float32 or bfloat16.
+        distill: ``topk-kl`` or ``kl``: learn from a teacher's logits instead of the labels.
+        teacher_targets: folder of these logits, which `write_targets` wrote for this data.
+        distill_weight: of the divergence, at most 1; the rest is the labels' cross-entropy.
         max_ram: budget such as "8GiB"; ``None`` asks the host.
         processes: that train together.
         aliases: table of aliases; ``None`` for the built-in one.
@@ -71,6 +78,7 @@ def prepare_training(
 
     """
     require_choice("template", template, Template)
+    require_pair(distill, teacher_targets, distill_weight)
     if schedule.get("eval_steps") and not eval_data:
         raise UsageError("--eval-steps: nothing is held out", "add --eval-data FILE.jsonl")
     model = open_model(student, load_aliases(None) if aliases is None else aliases, "student")
@@ -114,12 +122,18 @@ def prepare_training(
     config = Config(
         init=init if init in CONTROLS else "extracted", form=form, rank=rank or 16,
         targets=tuple(targets) if targets else None, embeddings=embeddings, dropout=dropout,
-        dtype=computed, schedule=_schedule(Schedule, schedule),
+        dtype=computed, distill=distill, distill_weight=distill_weight,
+        schedule=_schedule(Schedule, schedule),
     )  # fmt: skip
     kept = {"template": read.template, "max_tokens": max_tokens, "max_examples": max_examples}
+    teacher = None
+    if distill and teacher_targets:
+        teacher = open_teacher(
+            Path(teacher_targets), distill, distill_weight, model, read, kept
+        )  # fmt: skip
     return Task(
         model, tokenizer, read, held_out, found, norms, origin, config, kept, base_name(model),
-        processes,
+        processes, teacher.origin if teacher else None, teacher.objective if teacher else None,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import pkt
+from pkt.cli.align import align
 from pkt.cli.bench import bench
 from pkt.cli.compare import compare
 from pkt.cli.demo import demo
@@ -49,7 +50,7 @@ def commands() -> None:
     """
 
 
-for command in (inspect, extract, train, export, evaluate, compare, bench, env, demo):
+for command in (inspect, extract, align, train, export, evaluate, compare, bench, env, demo):
     commands.add_command(command)
 
 

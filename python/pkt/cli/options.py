@@ -128,13 +128,15 @@ def _every(ctx: click.Context, param: click.Parameter, value: Any) -> int | None
     return number
 
 
+spool_dir = click.option(
+    "--spool-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where hidden states and gradients lie meanwhile.  [default: OUT/.work]",
+)
+
 spool = together(
-    click.option(
-        "--spool-dir",
-        type=click.Path(path_type=Path),
-        metavar="DIR",
-        help="Where hidden states and gradients lie meanwhile.  [default: OUT/.work]",
-    ),
+    spool_dir,
     click.option(
         "--spool-every",
         type=click.UNPROCESSED,
@@ -155,7 +157,7 @@ template = click.option(
     help="How prompt and answer become one text.",
 )
 
-training_data = together(
+examples = together(
     click.option(
         "--max-tokens",
         type=click.IntRange(min=2),
@@ -171,6 +173,10 @@ training_data = together(
         help="First so many training rows; 0: all.",
     ),
     template,
+)
+
+training_data = together(
+    examples,
     click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16"]),

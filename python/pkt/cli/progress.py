@@ -15,7 +15,7 @@ from typing import Any
 from pkt.config import format_bytes
 from pkt.host import anonymous_bytes
 
-_UNITS = {"embed": "chunk", "head": "seed", "ends": "seed"}
+_UNITS = {"embed": "chunk", "head": "seed", "ends": "seed", "targets": "example"}
 _STREAMED = ("forward", "again", "backward")
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pkt.config import format_bytes
-from pkt.records import Extraction, MatchRow, Plan, Reading, SampleSet
+from pkt.records import Extraction, MatchRow, Plan, Reading, Recording, SampleSet
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: int = 0, right: Sequence[int] = ()) -> str:
@@ -56,15 +56,11 @@ def match_table(rows: Sequence[MatchRow]) -> str:
 
 def plan_table(plan: Plan, reading: Reading | None = None) -> str:
     """The plan, part by part, and what it is held against."""
-    budget = f"{format_bytes(plan.budget_bytes)}, {plan.budget_source}"
-    parts = [(part.name, format_bytes(part.bytes), part.note) for part in plan.parts]
     ahead = "read while others are used" if plan.slots > 1 else "read and used in turn"
     slots = f"{plan.slots} of a layer, {ahead}; what they hold at the turn is not read again"
     scores = {"layer": "of a whole layer", "matrix": "of one matrix, X and dY on disk"}
     to_read = f"{format_bytes(plan.read_bytes)} of the teacher: both passes and the windows"
     rows = [
-        ("memory allowed", budget),
-        ("smallest --max-ram", format_bytes(plan.smallest_bytes)),
         ("slots", slots),
         ("scores held", scores[plan.scores]),
         ("to read", to_read),
@@ -73,6 +69,30 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
         ("adapter", format_bytes(plan.adapter_bytes)),
         ("--device cuda", f"{format_bytes(plan.device_bytes)} of its memory, estimated"),
     ]
+    return _plan_text(plan, rows, reading)
+
+
+def forward_plan_table(plan: Plan, reading: Reading | None = None) -> str:
+    """The plan of one pass forward, as `plan_table` prints that of an extraction."""
+    ahead = "read while the other is used" if plan.slots > 1 else "read and used in turn"
+    rows = [
+        ("slots", f"{plan.slots} of a layer, {ahead}"),
+        ("to read", f"{format_bytes(plan.read_bytes)}: the teacher, once"),
+        ("to write", f"{format_bytes(plan.record_bytes)} of targets"),
+        *_disk_rows(plan),
+    ]
+    return _plan_text(plan, rows, reading)
+
+
+def _plan_text(plan: Plan, rows: list[tuple[str, str]], reading: Reading | None) -> str:
+    """Memory part by part and what it is held against, then ``rows`` and how files are read."""
+    budget = f"{format_bytes(plan.budget_bytes)}, {plan.budget_source}"
+    parts = [(part.name, format_bytes(part.bytes), part.note) for part in plan.parts]
+    allowed = [
+        ("memory allowed", budget),
+        ("smallest --max-ram", format_bytes(plan.smallest_bytes)),
+    ]
+    rows = [*allowed, *rows]
     if reading:
         rows.append(("io", f"{reading.mode}: {reading.reason}"))
     if reading and reading.rates:
@@ -147,6 +167,30 @@ def summary(made: Extraction, layers: int) -> str:
     scorer = str(run.get("scorer", ""))
     if scorer.startswith("torch"):  # slower than what was meant to score
         rows.insert(-1, ("scored by", scorer))
+    return aligned(rows)
+
+
+def recording_summary(made: Recording) -> str:
+    """What finished targets say of the teacher, and what they cost."""
+    manifest, run = made.manifest, made.run
+    slowest = sorted(run["seconds"].items(), key=lambda item: -item[1])
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in slowest if value >= 0.05)
+    rate = run.get("gigabytes_per_second")
+    outside = f"{100 * manifest['tail']:.2g} % of the probability is outside of the "
+    rows = [
+        ("teacher's loss", f"{manifest['loss']:.4f} nats an answer token"),
+        ("tail", f"{outside}{manifest['options']['top_k']} tokens kept, as one bin"),
+        ("seconds", f"{sum(run['seconds'].values()):.1f}: {phases}"),
+        (
+            "read",
+            format_bytes(run["bytes_read"]) + (f" at {rate} GB/s, {run['io']}" if rate else ""),
+        ),
+        (
+            "memory",
+            f"{format_bytes(run['peak_anonymous_bytes'])} at the peak, "
+            f"{format_bytes(run['planned_bytes'])} planned",
+        ),
+    ]
     return aligned(rows)
 
 

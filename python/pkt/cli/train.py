@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pkt import api
+from pkt.api.distilling import LOSSES
 from pkt.cli import options
 from pkt.cli.environment import aliases, processes
 from pkt.cli.options import Session
@@ -31,7 +32,8 @@ _SCHEDULE = (
 )  # fmt: skip
 _INPUTS = (
     "init", "norms_from", "eval_data", "start", "rank", "targets", "embeddings", "dropout",
-    "template", "max_tokens", "max_examples", "dtype", "max_ram",
+    "template", "max_tokens", "max_examples", "dtype", "max_ram", "distill", "teacher_targets",
+    "distill_weight",
 )  # fmt: skip
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path)
@@ -59,6 +61,18 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--norms-from", type=_FILE, metavar="EXTRACTED",
     help="pissa and gaussian take the norms of this extraction's start.",
+)  # fmt: skip
+@click.option(
+    "--distill", type=click.Choice(LOSSES),
+    help="Learn from a teacher's logits, the largest (topk-kl) or all (kl), not from the labels.",
+)  # fmt: skip
+@click.option(
+    "--teacher-targets", type=_FILE, metavar="DIR",
+    help="These logits, as pkt align --targets-only wrote them for this data.",
+)  # fmt: skip
+@click.option(
+    "--distill-weight", type=float, default=1.0, show_default=True, metavar="W",
+    help="Loss: W times the divergence, 1 - W times the labels' cross-entropy.",
 )  # fmt: skip
 @click.option("--lr", type=float, default=3e-4, show_default=True, help="Peak learning rate.")
 @click.option(
@@ -203,6 +217,12 @@ def _plan(task: Task) -> str:
             f"examples, {schedule.lr:g} at the peak, linear decay",
         ),
     ]
+    if task.teacher:
+        labels = 1 - task.config.distill_weight
+        beside = f", beside {labels:g} of the labels' cross-entropy" if labels else ""
+        family, layers = (task.teacher["teacher"].get(n) for n in ("family", "layers"))
+        known = f"the {task.teacher['top_k']} largest logits of a {family} of {layers} layers"
+        rows.append(("learns", f"{known}, {task.config.distill}{beside}"))
     if task.held_out:
         held = task.held_out
         rows.append(("held out", f"{len(held.samples)} examples, {held.loss_tokens} in the loss"))

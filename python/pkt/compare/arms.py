@@ -1,8 +1,8 @@
 """The arms of a comparison: one table, one line each; a new method joins by adding its line.
 
-An arm says how its start is made (options of `pkt extract`, or none: it has seen nothing of the
-teacher) and how it is trained (options of `pkt train`). Everything else, from the data to the
-number of trained parameters, is the same for all.
+An arm says how its start is made (options of `pkt extract`, or none: it begins with nothing of the
+teacher's) and how it is trained (options of `pkt train`; ``distill``: on the teacher's logits).
+Everything else, from the data to the number of trained parameters, is the same for all.
 """
 
 from __future__ import annotations
@@ -22,14 +22,24 @@ class Arm:
 
     name: str
     about: str
-    extract: Options | None  #: options of the extraction it begins from; None: no teacher
+    extract: Options | None  #: options of the extraction it begins from; None: none
     train: Options = field(default_factory=dict)
     examples: int = 0  #: first so many training examples; 0: all there are
 
     @property
+    def extracts(self) -> bool:
+        """Whether it begins from an extraction."""
+        return self.extract is not None
+
+    @property
+    def distils(self) -> bool:
+        """Whether it learns from the teacher's logits."""
+        return "distill" in self.train
+
+    @property
     def knows_teacher(self) -> bool:
         """Whether anything of the teacher reaches the student."""
-        return self.extract is not None
+        return self.extracts or self.distils
 
     def options(self) -> dict[str, Any]:
         """What of it changes its results, JSON-able."""
@@ -38,12 +48,13 @@ class Arm:
     @property
     def random_start(self) -> bool:
         """Whether its extraction depends on the repeat."""
-        return self.knows_teacher and (
+        return self.extracts and (
             str((self.extract or {}).get("select")) in _RANDOM
             or (self.extract or {}).get("layers") == "random"
         )
 
 
+_KD = {"distill": "topk-kl"}  # compare itself has the targets written
 _RANDOM = ("random-window", "random-weights", "orthogonal")
 
 ARMS: Mapping[str, Arm] = {
@@ -63,6 +74,8 @@ ARMS: Mapping[str, Arm] = {
         Arm("random-weights", "single weights anywhere", {"select": "random-weights"}),
         Arm("random-layers", "windows of random layers", {"layers": "random"}),
         Arm("consistent", "one index set for the whole model", {"select": "consistent"}),
+        Arm("kd", "plain LoRA on the teacher's top 64 logits", None, {"init": "lora", **_KD}),
+        Arm("seeking+kd", "seeking-a-only on those logits", {}, {"start": "a-only", **_KD}),
     )
 }
 
@@ -81,7 +94,7 @@ def _extract(arm: Arm, **options: Any) -> Arm:
 
 def _both(arm: Arm, **options: Any) -> Arm:
     changed = replace(arm, train={**arm.train, **options})
-    return _extract(changed, **options) if arm.knows_teacher else changed
+    return _extract(changed, **options) if arm.extracts else changed
 
 
 VARIATIONS: Mapping[str, Variation] = {
@@ -142,7 +155,7 @@ def varied(arm: Arm, kind: str, values: Sequence[str] | None) -> list[Arm]:
     """
     if kind not in VARIATIONS:
         raise UsageError(f"--vary: no variation '{kind}'", f"known: {', '.join(VARIATIONS)}")
-    if kind in _OF_EXTRACTION and not arm.knows_teacher:
+    if kind in _OF_EXTRACTION and not arm.extracts:
         raise UsageError(f"--vary {kind}: arm '{arm.name}' extracts nothing")
     if kind == "scale" and arm.train.get("init") == "lora":
         raise UsageError(f"--vary scale: arm '{arm.name}' begins at zero")

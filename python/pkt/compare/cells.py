@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt.api import execute, prepare, prepare_training
+from pkt.api import execute, execute_targets, prepare, prepare_targets, prepare_training
 from pkt.compare.arms import Arm
 from pkt.errors import DivergenceError
 from pkt.records import SampleSet
@@ -91,10 +91,8 @@ class Cells:
         key = f"{arm.name} {drawn}"
         if key not in self._tasks:
             setting, options = self.setting, dict(self.setting.train)
-            options |= {
-                k: v for k, v in arm.train.items() if k != "targets" or not arm.knows_teacher
-            }
-            if arm.knows_teacher:
+            options |= {k: v for k, v in arm.train.items() if k != "targets" or not arm.extracts}
+            if arm.extracts:
                 options["init"] = str(self._extracted(arm, drawn))
                 for name in ("targets", "embeddings", "rank"):
                     options.pop(name, None)
@@ -102,6 +100,8 @@ class Cells:
                 options["norms_from"] = setting.norms_from
             if arm.examples:
                 options["max_examples"] = arm.examples
+            if arm.distils:
+                options["teacher_targets"] = self._teacher_targets(options)
             self._tasks[key] = prepare_training(setting.student, setting.data, **options)
         return self._tasks[key]
 
@@ -116,12 +116,24 @@ class Cells:
             setting.teacher, setting.student, setting.seeds, output_dir=folder, **options
         )
 
-        def notify(phase: str, done: int, total: int) -> None:
-            if self.stop():
-                raise KeyboardInterrupt
-
-        execute(task, folder, device=setting.device, notify=notify)
+        execute(task, folder, device=setting.device, notify=self._notify)
         return folder
+
+    def _teacher_targets(self, train: Mapping[str, Any]) -> Path:
+        """The teacher's logits on the training data, written once for all arms that share it."""
+        setting, names = self.setting, ("template", "max_tokens", "max_examples", "max_ram")
+        options = {name: train[name] for name in (*names, "aliases") if name in train}
+        folder = self.work / "targets" / f"{options.get('max_examples', 'all')}"
+        folder.parent.mkdir(exist_ok=True)
+        task = prepare_targets(
+            setting.teacher, setting.student, setting.data, output_dir=folder, **options
+        )
+        execute_targets(task, folder, device=setting.device, notify=self._notify)
+        return folder
+
+    def _notify(self, phase: str, done: int, total: int) -> None:
+        if self.stop():
+            raise KeyboardInterrupt
 
     def _train(self, arm: Arm, rate: float, repeat: int, folder: Path) -> Cell:
         import torch

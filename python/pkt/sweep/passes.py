@@ -30,7 +30,7 @@ from pkt.errors import OutputError, PktError
 from pkt.host import release_free_memory
 from pkt.processes import largest, require_all, wait_for_all
 from pkt.records import Sample
-from pkt.schedule import Step, schedule
+from pkt.schedule import Step, forward_schedule, schedule
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
 from pkt.sweep.ends import Accumulate, column_scores
@@ -128,6 +128,27 @@ class Sweep:
             pass
         return list(self.spool.get("losses") or []), self._records
 
+    def forward(self, targets: Mapping[int, Callable[[], None]]) -> None:
+        """One pass forward, from wherever the spool stands; the teacher is read once.
+
+        Args:
+            targets: by boundary, what is called while its file is in the spool (`boundary`): it
+                leaves durable work, and may be called again if the file turns out to be damaged.
+
+        Raises:
+            As `run`.
+
+        """
+        left = dict(targets)
+
+        def advance() -> None:
+            every = range(len(self.skeleton.layers) + 1)
+            held = [index for index in every if self.spool.holds(boundary(index))]
+            self._walk(forward_schedule(left, held), None, left)
+
+        while not self._undamaged(advance):
+            pass
+
     def ends(self, accumulate: Accumulate) -> dict[str, list[float]]:
         """Column scores (D,) of embedding and head, from the spool that `run` has left."""
         record: dict[str, list[float]] | None = self.spool.get("ends")
@@ -186,14 +207,20 @@ class Sweep:
         there = (u for u in range(pending, depth + 1) if self.spool.holds(upstream_of(u)))
         return next(there, None)
 
-    def _walk(self, steps: Sequence[Step], observer: Observer | None) -> None:
+    def _walk(
+        self,
+        steps: Sequence[Step],
+        observer: Observer | None,
+        targets: dict[int, Callable[[], None]] | None = None,
+    ) -> None:
+        """Take the steps; of ``targets`` those that were made are taken out."""
         depth = len(self.skeleton.layers)
         chunks = self.placement.embedding_chunks()
         jobs: list[tuple[str, dict[str, Piece]]] = []
         for step in steps:
             if step.kind == "embed":
                 jobs += [("embedding", {"rows": piece}) for piece in chunks]
-            elif step.kind != "head":
+            elif step.kind in ("forward", "backward"):
                 jobs.append((f"layer {step.layer}", self.placement.layer(step.layer)))
         weights = self.source.jobs(jobs)
         totals = Counter(_phase(step) for step in steps)
@@ -210,6 +237,10 @@ class Sweep:
                     self._forward(step.layer, next(weights))
                 elif step.kind == "head":
                     self._head(depth)
+                elif step.kind == "targets":
+                    assert targets is not None
+                    targets[step.layer]()
+                    del targets[step.layer]
                 else:
                     scored = None if step.again else observer
                     self._backward(step.layer, next(weights), scored)
@@ -282,11 +313,11 @@ class Sweep:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(depth), number).to(self.device)
                 if number == 0:
-                    self._check_head(hidden, head)
+                    self.check_head(hidden, head)
                 loss, gradient = self.loss(seed, hidden, head)
                 if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
                     pieces = {"head": self.placement.head, **self.placement.outer()}
-                    raise self._not_finite(pieces, {"head": head, **self.outer}, seed, "loss")
+                    raise self.not_finite(pieces, {"head": head, **self.outer}, seed, "loss")
                 out.append(gradient)
                 losses.append(loss)
                 self.notify("head", number + 1, len(self.seeds))
@@ -385,7 +416,7 @@ class Sweep:
         return result
 
     @torch.no_grad()
-    def _check_head(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
+    def check_head(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
         """Refuse a family whose logits at a position depend on other positions."""
         two = self.skeleton.logits(hidden[:2], head, self.outer)[0].float()
         one = self.skeleton.logits(hidden[:1], head, self.outer)[0].float()
@@ -395,12 +426,12 @@ class Sweep:
 
     def _bad_layer(self, index: int, weights: Weights, seed: Sample, what: str) -> PktError:
         pieces = self.placement.layer(index)
-        return self._not_finite(pieces, weights, seed, f"{what} in layer {index}")
+        return self.not_finite(pieces, weights, seed, f"{what} in layer {index}")
 
-    def _not_finite(
+    def not_finite(
         self, pieces: Mapping[str, Piece], weights: Weights, seed: Sample, what: str
     ) -> PktError:
-        """Blame the weight that is NaN or infinite, else the seed."""
+        """The error that blames the weight which is NaN or infinite, else the seed."""
         for name, piece in pieces.items():
             if damage := self.placement.damage(weights[name], piece):
                 return damage

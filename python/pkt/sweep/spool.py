@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -104,7 +105,7 @@ class Spool:
     ) -> None:
         self.folder, self.lengths, self.width, self.dtype = folder, tuple(lengths), width, dtype
         self.tensors = tensors or folder
-        self._starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+        self._starts = [0, *itertools.accumulate(lengths)]
         self._sums: dict[str, list[int]] = {}  # read or written by this process
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)

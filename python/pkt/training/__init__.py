@@ -1,5 +1,7 @@
 """LoRA fine-tuning from a start: the student is its own function at step 0, then it learns.
 
+It learns from the labels, or from a teacher's logits (`Distillation`).
+
 Scheduling, accumulation, mixed precision, checkpoints and processes are transformers' Trainer's;
 what is ours is how a start enters the model (`inject`), the proof that nothing has changed by it
 (`first_logits`, `StepZero`), and which checkpoint a killed run continues from.
@@ -7,12 +9,16 @@ what is ours is how a start enters the model (`inject`), the proof that nothing 
 
 from pkt.training.injection import frozen_factors, inject, trained_factors
 from pkt.training.loop import Schedule, fit, steps_in_all
+from pkt.training.objective import Distillation, Objective, divergence
 from pkt.training.stepzero import StepZero, compare_logits, first_logits
 
 __all__ = [
+    "Distillation",
+    "Objective",
     "Schedule",
     "StepZero",
     "compare_logits",
+    "divergence",
     "first_logits",
     "fit",
     "frozen_factors",

@@ -25,11 +25,15 @@ from pkt.processes import any_process, wait_for_all
 from pkt.records import Sample
 from pkt.training.checkpoints import mark_complete, newest_complete
 from pkt.training.injection import ADAPTER
+from pkt.training.objective import Objective
 
 Metrics = Mapping[str, float]
 Notify = Callable[[int, int, Metrics], None]
 HeldOut = Callable[[Any], float]
 
+Example = tuple[int, Sample]
+
+COLUMNS = "columns"  # of a batch: what the objective needs beside its tokens
 IGNORED = -100  # the label of a token that does not count, torch's and transformers' convention
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
@@ -59,6 +63,7 @@ def fit(
     schedule: Schedule,
     folder: Path,
     *,
+    objective: Objective | None = None,
     held_out: HeldOut | None = None,
     notify: Notify = lambda step, steps, metrics: None,
     stop: Callable[[], bool] = lambda: False,
@@ -71,6 +76,7 @@ def fit(
         samples: the training examples.
         schedule: how long and how fast.
         folder: of this run's checkpoints; the newest whole one is continued.
+        objective: what is made small; ``None``: the labels' cross-entropy, by the model itself.
         held_out: mean loss of the model on data it does not learn from, in nats a token.
         notify: told of (step, steps in all, metrics) after each step and each evaluation.
         stop: asked after every step; if true in any process, a checkpoint is written and
@@ -97,10 +103,12 @@ def fit(
         model=model,
         args=arguments,
         train_dataset=_Examples(samples),
-        data_collator=_pad,
+        data_collator=_Collate(objective),
         callbacks=[watch],
     )
     trainer.held_out, trainer.lr_ratio = held_out, schedule.lr_ratio
+    if objective:
+        trainer.learn(objective)
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -123,12 +131,29 @@ def steps_in_all(examples: int, schedule: Schedule) -> int:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """The Trainer, with our held-out loss, B's own learning rate, and adapters alone on disk."""
+    """The Trainer, with our losses, B's own learning rate, and adapters alone on disk."""
 
     held_out: HeldOut | None
     lr_ratio: float
     control: Any
     optimizer: Any
+    compute_loss_func: Any
+
+    def learn(self, objective: Objective) -> None:
+        """Make ``objective`` small instead of the model's own loss: a mean over answer tokens."""
+
+        def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+            counted = labels[:, 1:] != IGNORED
+            tokens = labels[:, 1:][counted]
+            total = objective.loss(outputs.logits[:, :-1][counted], tokens, self._columns)
+            mean: torch.Tensor = total / num_items_in_batch  # of the step, over all processes
+            return mean
+
+        self.compute_loss_func = loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
+        self._columns = inputs.pop(COLUMNS, {})  # no business of the model's
+        return super().compute_loss(model, inputs, *given, **named)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         assert self.held_out is not None
@@ -221,15 +246,28 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._saved = time.monotonic()
 
 
-class _Examples(torch.utils.data.Dataset[Sample]):
+class _Examples(torch.utils.data.Dataset[Example]):
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
+    def __getitem__(self, index: int) -> Example:
+        return index, self._samples[index]
+
+
+class _Collate:
+    """A batch of examples, with what the objective needs of them."""
+
+    def __init__(self, objective: Objective | None) -> None:
+        self._objective = objective
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch: dict[str, Any] = {**_pad([sample for _, sample in examples])}
+        if self._objective:
+            batch[COLUMNS] = self._objective.columns([number for number, _ in examples])
+        return batch
 
 
 def _pad(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:

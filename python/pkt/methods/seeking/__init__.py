@@ -37,8 +37,6 @@ from pkt.sweep import build_skeleton
 
 __all__ = ["Config", "Task", "run"]
 
-SMALL_LAYER = 1 << 20  # parameters; products this small lose more to threads than they gain
-
 
 def run(
     task: Task,
@@ -72,7 +70,7 @@ def run(
     identity = {**task.identity(), "device": place.type, "weights": weights}
     with (
         peak.running(),
-        one_thread(_is_small(task)),
+        one_thread(task.teacher.small),
         shared_folder(folder, identity, overwrite, task.processes) as (work, spool),
     ):
         with costs.phase("skeleton"):
@@ -129,9 +127,3 @@ def _kept(factors: Factors) -> float:
     """‖BA‖_F / ‖W‖_F."""
     kept = max(factors.norm**2 - factors.residual**2, 0.0) ** 0.5
     return kept / factors.norm if factors.norm else 0.0
-
-
-def _is_small(task: Task) -> bool:
-    """Whether the teacher is tiny: decided by its size alone, so that results are the same."""
-    layers = task.teacher.checkpoint.layers
-    return max(sum(piece.elements for piece in layer.values()) for layer in layers) < SMALL_LAYER

@@ -173,7 +173,8 @@ def train(
     # 3. Fine-tuning.
     with costs.phase("train"):
         metrics += fit(
-            model, samples, config.schedule, checkpoints, held_out=held_out,
+            model, samples, config.schedule, checkpoints, objective=task.objective,
+            held_out=held_out,
             notify=lambda step, steps, found: notify("train", step, steps, found),
             stop=stop, save_steps=save_steps,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import pkt
 from pkt.methods.tuning.starts import Form
 from pkt.models import Model
 from pkt.records import LowRank, SampleSet
-from pkt.training import Schedule
+from pkt.training import Objective, Schedule
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -28,6 +28,8 @@ class Config:
     embeddings: bool = False  #: of the same: embedding and head too
     dropout: float = 0.05
     dtype: str = "BF16"  #: of the student's weights: "F32" or "BF16"
+    distill: str | None = None  #: "topk-kl" or "kl": learn from a teacher's logits
+    distill_weight: float = 1.0  #: of the divergence; the rest is the labels' cross-entropy
     schedule: Schedule = field(default_factory=Schedule)
 
 
@@ -46,10 +48,13 @@ class Task:
     data_options: Mapping[str, Any]  #: template, max_tokens, max_examples
     base_model: str  #: the student as the user named it, for the adapter and its card
     processes: int = 1
+    teacher: Mapping[str, Any] | None = None  #: hashes of it and of its targets, if it is distilled
+    objective: Objective | None = None  #: the loss that these targets make; None: the labels'
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""
         config, schedule = self.config, asdict(self.config.schedule)
+        distill = {"distill": config.distill, "distill_weight": config.distill_weight}
         return {
             "format": 1,
             "pkt": pkt.__version__,
@@ -61,6 +66,7 @@ class Task:
                 "scale": config.form.scale,
                 **self.origin,
             },
+            **({"targets": self.teacher} if self.teacher else {}),
             "data": _describe(self.samples),
             "eval_data": _describe(self.held_out) if self.held_out else None,
             "options": {
@@ -69,6 +75,7 @@ class Task:
                 "embeddings": config.embeddings,
                 "dropout": config.dropout,
                 "dtype": config.dtype,
+                **(distill if config.distill else {}),
                 **schedule,
                 **self.data_options,
             },

@@ -1,0 +1,148 @@
+"""The teacher's side of `pkt train --distill`: a folder of targets, found to fit the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pkt.errors import CheckpointError, DataError, IncompatibleError, UsageError
+from pkt.models import Model, vocabulary_sha256
+from pkt.records import SampleSet
+
+LOSSES = ("topk-kl", "kl")
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Opened targets: the objective of a run, and what its manifest says of them."""
+
+    objective: Any  #: `pkt.training.Distillation`
+    origin: dict[str, Any]
+
+
+def require_pair(distill: str | None, folder: str | Path | None, weight: float) -> None:
+    """Refuse one of ``--distill`` and ``--teacher-targets`` without the other, and odd values.
+
+    Raises:
+        UsageError: as said.
+
+    """
+    if distill is not None and distill not in LOSSES:
+        raise UsageError(f"--distill {distill}: expected one of {', '.join(LOSSES)}")
+    if distill and not folder:
+        raise UsageError(
+            f"--distill {distill}: from which teacher?",
+            "add --teacher-targets DIR, which pkt align --targets-only writes",
+        )
+    if folder and not distill:
+        raise UsageError("--teacher-targets: not used without --distill", "add --distill topk-kl")
+    if not 0 < weight <= 1:
+        raise UsageError(f"--distill-weight {weight:g}: expected more than 0, at most 1")
+    if weight != 1 and not distill:
+        raise UsageError("--distill-weight: not used without --distill", "add --distill topk-kl")
+
+
+def open_teacher(
+    folder: Path,
+    distill: str,
+    weight: float,
+    student: Model,
+    samples: SampleSet,
+    options: Mapping[str, Any],
+) -> Teacher:
+    """The targets in ``folder``, which are of this student's vocabulary and of these very samples.
+
+    Args:
+        folder: that `pkt align` wrote.
+        distill: ``topk-kl`` or ``kl``, which needs the logits of the whole vocabulary.
+        weight: of the divergence.
+        student: the model that learns.
+        samples: what it learns from.
+        options: how they were read: template, max_tokens, max_examples.
+
+    Raises:
+        UsageError: no such folder, or ``kl`` from a part of the vocabulary.
+        CheckpointError: it is damaged.
+        IncompatibleError: it holds something else, or another vocabulary's targets.
+        DataError: the targets are of other data.
+
+    """
+    from pkt.targets import FOLDER, Targets
+    from pkt.training import Distillation
+
+    manifest = _manifest(folder)
+    if manifest.get("method") != "targets":
+        raise IncompatibleError(
+            f"--teacher-targets {folder}: expected targets of pkt align, found a result of "
+            f"'{manifest.get('method')}'"
+        )
+    try:
+        rows, digest = int(manifest["vocabulary"]["rows"]), str(manifest["vocabulary"]["sha256"])
+        data, given = dict(manifest["data"]), dict(manifest["options"])
+        teacher = dict(manifest["teacher"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / "pkt_manifest.json", error) from error
+    found = vocabulary_sha256(student)
+    if found != digest or student.embedding.shape[0] < rows:
+        raise IncompatibleError(
+            f"--teacher-targets {folder}: written for a student of {rows} tokens with another "
+            f"tokenizer than that of {student.name}",
+            "write targets with this --student",
+        )
+    if data.get("sha256") != samples.sha256:
+        raise DataError(
+            f"--teacher-targets {folder}: {_difference(data, given, samples, options)}",
+            "give the --data and the options that the targets were written with, or write new ones",
+        )
+    targets = Targets(folder / FOLDER)
+    if targets.answers != [sample.loss_tokens for sample in samples.samples]:
+        raise CheckpointError(f"{folder}: these targets are damaged: other examples than its data")
+    if distill == "kl" and targets.top_k < rows:
+        raise UsageError(
+            f"--distill kl: expected the logits of all {rows} tokens, found the {targets.top_k} "
+            f"largest in {folder}",
+            "take --distill topk-kl, or write targets with --top-k 0",
+        )
+    origin = {"top_k": targets.top_k, "teacher": teacher, "sha256": targets.sha256}
+    return Teacher(Distillation(targets.of, rows, weight), origin)
+
+
+def _difference(
+    data: Mapping[str, Any],
+    given: Mapping[str, Any],
+    samples: SampleSet,
+    options: Mapping[str, Any],
+) -> str:
+    """In what the data differ, as far as the manifest tells."""
+    changed = [
+        f"--{name.replace('_', '-')} was {given.get(name)}, is {value}"
+        for name, value in options.items()
+        if given.get(name) != value
+    ]
+    if not changed and data.get("count") != len(samples.samples):
+        changed = [f"it has {data.get('count')} examples, expected {len(samples.samples)}"]
+    return "; ".join(changed) or "the training data have changed since its targets were written"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "pkt_manifest.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"--teacher-targets {folder}: expected a folder that pkt align wrote, found no "
+            f"{path.name}",
+            "an unfinished one is continued by its pkt align command",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, TypeError("no JSON object"))
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged: {type(error).__name__} {error}")

@@ -1,0 +1,91 @@
+"""What training makes small, where it is not the labels' cross-entropy alone.
+
+Logit distillation: the student's distribution at an answer token comes near the teacher's. Known
+of the teacher are its k largest logits z_i and the log-sum-exp Z over the whole vocabulary; all
+other tokens are one bin:
+
+    p_i = exp(z_i − Z),  p_tail = 1 − Σ p_i;   q likewise of the student, over the same k tokens
+    KL(p ‖ q) = Σ p_i log(p_i / q_i) + p_tail log(p_tail / q_tail)
+
+k + 1 bins never say more than the whole vocabulary, so this is at most the full divergence; where k
+is the vocabulary it is that. Temperature 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from pkt.records import TopLogits
+
+Columns = Mapping[str, torch.Tensor]
+
+
+class Objective(Protocol):
+    """The loss of a training run."""
+
+    def columns(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What it needs of these training examples beside their tokens, as a batch."""
+
+    def loss(self, logits: torch.Tensor, tokens: torch.Tensor, columns: Columns) -> torch.Tensor:
+        """Σ over the answer tokens of a batch: logits (n, V) that predict ``tokens`` (n,)."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """``weight`` · KL(teacher ‖ student) + (1 − ``weight``) · cross-entropy of the labels.
+
+    Args:
+        targets: the teacher's rows of a training example, one an answer token.
+        vocabulary: tokens that both models know; what is beyond is padding and not in the KL.
+        weight: of the divergence, above 0 and at most 1.
+
+    """
+
+    targets: Callable[[int], TopLogits]
+    vocabulary: int
+    weight: float = 1.0
+
+    def columns(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The teacher's rows of these examples, one after another: log p (n, k + 1) and ids."""
+        rows = [self.targets(example) for example in examples]
+        ids = torch.cat([row.ids for row in rows]).long()
+        logits = torch.cat([row.logits for row in rows]).double()
+        logs = logits - torch.cat([row.logsumexp for row in rows])[:, None]
+        rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(0).log()
+        return {"teacher_ids": ids, "teacher_logs": torch.cat([logs, rest], dim=-1).float()}
+
+    def loss(self, logits: torch.Tensor, tokens: torch.Tensor, columns: Columns) -> torch.Tensor:
+        """Σ over the answer tokens; computed in float32."""
+        logits = logits.float()
+        total = self.weight * divergence(
+            logits[:, : self.vocabulary], columns["teacher_ids"], columns["teacher_logs"]
+        )
+        if self.weight < 1:
+            labels = functional.cross_entropy(logits, tokens, reduction="sum")
+            total = total + (1 - self.weight) * labels
+        return total
+
+
+def divergence(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Σ over rows of KL(teacher ‖ student) over k + 1 bins, in nats; never below 0 but by rounding.
+
+    Args:
+        logits: of the student, (n, V).
+        ids: tokens of the first k bins, (n, k), distinct.
+        teacher: log probabilities of the bins, (n, k + 1), the tail's last; not used where k = V.
+
+    """
+    logs = logits.log_softmax(-1)
+    ours = logs.gather(-1, ids)
+    if ids.shape[1] < logits.shape[1]:
+        # Summed over the other tokens: 1 − Σ q_i would lose a small tail, and its gradient.
+        rest = logs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        ours = torch.cat([ours, rest], dim=-1)
+    theirs = teacher[:, : ours.shape[1]]
+    terms = theirs.exp() * (theirs - ours)  # a bin that is empty for the teacher adds nothing
+    return torch.where(theirs.isneginf(), 0.0, terms).sum()

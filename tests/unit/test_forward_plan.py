@@ -1,0 +1,73 @@
+"""The plan of one pass forward: what it holds, and the smallest setting that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from pkt.config import MIB
+from pkt.disk import choose_io
+from pkt.models import Model, open_model
+from pkt.plan import make_forward_plan
+from pkt.records import Plan, Room
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("plan") / "teacher"
+    wide = {"hidden": 768, "intermediate": 2048, "heads": 8, "kv_heads": 4, "layers": 3}
+    return open_model(str(tiny.build("llama", folder, "teacher", vocab=512, **wide)), {}, "teacher")
+
+
+def planned(teacher: Model, budget: int = 1 << 40, **options: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "dtype": "F32", "tokens": 5000, "longest": 200, "answers": 2000, "results": 10**6,
+        "held": 10**5,
+    }  # fmt: skip
+    return make_forward_plan(teacher, budget=(budget, "--max-ram"), **{**settings, **options})
+
+
+def test_read_ahead_before_one_slot_before_a_refusal(teacher: Model) -> None:
+    ahead = planned(teacher)
+    assert (ahead.slots, ahead.fits, ahead.passes) == (2, True, 1)
+    small = planned(teacher, ahead.peak_bytes - 1)
+    assert (small.slots, small.fits) == (1, True)
+    least = planned(teacher, ahead.smallest_bytes)
+    assert least.fits
+    over = planned(teacher, small.peak_bytes - 1)
+    assert not over.fits
+    assert over.smallest_bytes == ahead.smallest_bytes
+    assert 0 <= ahead.smallest_bytes - small.peak_bytes < MIB
+
+
+def test_examples_cost_disk_and_only_the_longest_costs_memory(teacher: Model) -> None:
+    base, more = planned(teacher), planned(teacher, tokens=10**7, answers=10**6, results=10**9)
+    assert more.peak_bytes == base.peak_bytes
+    assert more.read_bytes == base.read_bytes == teacher.checkpoint.bytes - 768 * 4  # less a norm
+    assert more.spool_bytes == 2 * 10**7 * 768 * 4
+    assert more.record_bytes == 10**9
+    assert planned(teacher, longest=20_000).peak_bytes > base.peak_bytes
+    assert planned(teacher, held=10**9).peak_bytes > base.peak_bytes + 2 * 10**9
+
+
+def test_the_disks_are_those_of_spool_and_targets(teacher: Model) -> None:
+    room = Room("out", 10**9, "elsewhere", 10**9, shared=False)
+    plan = planned(teacher, room=room)
+    spool, results = plan.disks
+    assert (spool.folder, spool.bytes) == ("elsewhere", plan.spool_bytes)
+    assert (results.folder, results.bytes) == ("out/.work", 10**6)
+
+
+def test_a_single_pass_finds_nothing_in_the_page_cache_again(teacher: Model) -> None:
+    reading = choose_io(teacher.checkpoint, planned(teacher), 1 << 40)
+    assert reading.mode == "buffered"
+    assert "second pass" not in reading.reason
+
+
+def test_the_folder_of_the_records_is_named(teacher: Model) -> None:
+    shared = planned(teacher, room=Room(str(Path("out")), 10**9, None, 10**9, shared=True))
+    (only,) = shared.disks
+    assert only.bytes == shared.spool_bytes + 10**6
