@@ -1,5 +1,11 @@
 """What the commands of these names do, as functions: one module a command, none of which prints."""
 
+from pkt.api.aligning import (
+    align_quality,
+    execute_alignment,
+    prepare_alignment,
+    require_alignment_fit,
+)
 from pkt.api.evaluating import (
     data_formats,
     evaluate,
@@ -20,11 +26,13 @@ from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
+    "align_quality",
     "check_device",
     "continuations",
     "data_formats",
     "evaluate",
     "execute",
+    "execute_alignment",
     "execute_evaluation",
     "execute_export",
     "execute_training",
@@ -34,10 +42,12 @@ __all__ = [
     "inspect",
     "pick_device",
     "prepare",
+    "prepare_alignment",
     "prepare_evaluation",
     "prepare_export",
     "prepare_training",
     "reading",
+    "require_alignment_fit",
     "require_fit",
     "train",
     "write_overview",

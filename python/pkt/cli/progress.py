@@ -15,8 +15,8 @@ from typing import Any
 from pkt.config import format_bytes
 from pkt.host import anonymous_bytes
 
-_UNITS = {"embed": "chunk", "head": "seed", "ends": "seed"}
-_STREAMED = ("forward", "again", "backward")
+_UNITS = {"embed": "chunk", "head": "seed", "ends": "seed", "maps": "map"}
+_STREAMED = ("forward", "again", "backward", "teacher")
 
 
 class Progress:
