@@ -17,7 +17,7 @@ class Lens:
     """By layer, mean over states: how a mapped state's logits agree with those of the state."""
 
     cosine: tuple[float, ...]  #: of logits less their mean over the vocabulary
-    top1: tuple[float, ...]  #: share of states with the same first token
+    top1: tuple[float, ...]  #: share of states with the same top token
 
 
 def lens_quality(
@@ -58,7 +58,7 @@ def lens_quality(
 
 
 class _Sums:
-    """Running sums over the vocabulary of the logits of (L · P) states, and their first token."""
+    """Running sums over the vocabulary of the logits of (L · P) states, and their top token."""
 
     def __init__(self, states: torch.Tensor, other: _Sums | None = None) -> None:
         self._states, self._other = states.flatten(0, 1), other

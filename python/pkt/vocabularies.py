@@ -183,7 +183,8 @@ def _reader(description: Mapping[str, Any], listed: Mapping[str, int]) -> Callab
 
 def _parts(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Pre-tokenizer and decoder, those inside a sequence included."""
-    found, waiting = [], [description.get("pre_tokenizer"), description.get("decoder")]
+    found: list[Mapping[str, Any]] = []
+    waiting = [description.get("pre_tokenizer"), description.get("decoder")]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):

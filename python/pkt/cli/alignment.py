@@ -73,7 +73,7 @@ def _heads(found: Mapping[str, Any]) -> str:
 
 
 def _maps(maps: Mapping[str, Any]) -> str:
-    head = ("map", "lens cosine", "same first token", "")
+    head = ("map", "lens cosine", "same top token", "")
     body = [
         (name, f"{m['mean_cosine']:.3f}", f"{m['mean_top1']:.3f}", m["about"])
         for name, m in maps.items()

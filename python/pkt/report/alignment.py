@@ -85,12 +85,12 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
 
 
 def _lens(found: Mapping[str, Any]) -> Figure:
-    """Centred logit-lens cosine and first tokens in common, by paired layer, a line a map."""
+    """Centred logit-lens cosine and top tokens in common, by paired layer, a line a map."""
     figure = Figure(figsize=(WIDTH, 4.4))
     places = [pair["student"] for pair in found["pairs"]]
     panels = (
         (0.06, "cosine", "centred logit-lens cosine"),
-        (0.48, "top1", "same first token, share"),
+        (0.48, "top1", "same top token, share"),
     )
     for left, key, label in panels:
         axes = figure.add_axes((left, 0.13, 0.35, 0.68))

@@ -194,4 +194,5 @@ def _zeros(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _units(columns: torch.Tensor) -> torch.Tensor:
-    return columns / torch.linalg.vector_norm(columns, dim=0)
+    lengths: torch.Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return columns / lengths

@@ -57,10 +57,12 @@ def _ridge(given: Evidence) -> torch.Tensor:
     if count < width:  # the same by the smaller of both Gram matrices
         kernel = theirs @ theirs.T
         kernel.diagonal().add_(ridge)
-        return ours.T @ torch.linalg.solve(kernel, theirs)
+        solved: torch.Tensor = torch.linalg.solve(kernel, theirs)
+        return ours.T @ solved
     gram = theirs.T @ theirs
     gram.diagonal().add_(ridge)
-    return torch.linalg.solve(gram, theirs.T @ ours).T
+    fitted: torch.Tensor = torch.linalg.solve(gram, theirs.T @ ours)
+    return fitted.T
 
 
 def _procrustes(given: Evidence) -> torch.Tensor:
@@ -70,16 +72,16 @@ def _procrustes(given: Evidence) -> torch.Tensor:
     into, other = torch.linalg.qr(theirs.T)
     u, sigma, vh = torch.linalg.svd(small @ other.T, full_matrices=False)
     live = sigma > sigma[0] * max(small.shape) * torch.finfo(sigma.dtype).eps
-    turned = (out @ u[:, live]) @ (vh[live] @ into.T)
-    scale: torch.Tensor = sigma.sum() / theirs.square().sum()
-    return scale * turned
+    turned: torch.Tensor = (out @ u[:, live]) @ (vh[live] @ into.T)
+    return turned * float(sigma.sum() / theirs.square().sum())
 
 
 def _random(given: Evidence) -> torch.Tensor:
     """Independent Gaussian entries."""
     draw = torch.Generator().manual_seed(given.seed)
     teacher, student = given.sizes
-    return torch.randn(student, teacher, generator=draw, dtype=torch.float64) / teacher**0.5
+    entries = torch.randn(student, teacher, generator=draw, dtype=torch.float64)
+    return entries / float(teacher) ** 0.5
 
 
 def _truncate(given: Evidence) -> torch.Tensor:

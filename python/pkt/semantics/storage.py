@@ -1,11 +1,13 @@
 """A map as a safetensors file that knows what it was made from.
 
-The metadata holds the hashes of the inputs, what was found on the way, and a hash of the matrix:
-a file of other inputs, or a damaged one, is none.
+The metadata holds the hashes of the inputs, what was found on the way, and a hash of all that and
+the matrix: a file of other inputs, or a damaged one, is none. It is one entry, because safetensors
+writes several in no fixed order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,18 +40,19 @@ def save_map(
     from safetensors.torch import save
 
     stored = made.float().cpu().contiguous()
-    record = {"inputs": inputs, "found": found, "sha256": _digest(stored)}
-    text = json.dumps(record, sort_keys=True)
+    record = {"inputs": dict(inputs), "found": dict(found)}
+    text = json.dumps({**record, "sha256": _digest(stored, record)}, sort_keys=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(save({_NAME: stored}, metadata={"format": "pt", _RECORD: text}))
+            file.write(save({_NAME: stored}, metadata={_RECORD: text}))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: the map cannot be written: {error.strerror}") from error
 
 
@@ -63,13 +66,16 @@ def load_map(path: Path, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()[_RECORD])
             stored = file.get_tensor(_NAME)
+        digest = record.pop("sha256")
         same = record["inputs"] == json.loads(json.dumps(inputs))
-        sound = record["sha256"] == _digest(stored)
+        sound = digest == _digest(stored, record)
         found = dict(record["found"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return (stored, found) if same and sound else None
 
 
-def _digest(stored: torch.Tensor) -> str:
-    return hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
+def _digest(stored: torch.Tensor, record: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    digest.update(stored.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -64,12 +64,13 @@ def run_quality(
     with peak.running(), _workplace(task, folder, overwrite, spool_dir) as place:
         # 1. The maps that the heads alone decide.
         with costs.phase("heads"):
-            ends = {"io": io, "device": device}
-            models = (task.teacher, task.student, task.shared)
-            heads = open_heads(*models, fold_norm=task.fold_norm, **ends)
+            opened = partial(
+                open_heads, task.teacher, task.student, task.shared, io=io, device=device
+            )
+            heads = opened(fold_norm=task.fold_norm)
             made = pair_maps(
-                task.maps, heads, partial(open_heads, *models, end="embedding", **ends),
-                place.maps, seed=task.seed, notify=partial(notify, "maps"),
+                task.maps, heads, partial(opened, end="embedding"), place.maps, seed=task.seed,
+                notify=partial(notify, "maps"),
             )  # fmt: skip
         # 2. States of both models at the same places, each streamed once.
         theirs, ours = (
@@ -244,7 +245,7 @@ def _recommended(maps: dict[str, Any], made: Made) -> dict[str, str] | None:
     ]  # fmt: skip
     why = (
         f"mapped states keep {maps[best]['mean_cosine']:.2f} of the centred logit-lens cosine and "
-        f"{maps[best]['mean_top1']:.0%} of the first tokens"
+        f"{maps[best]['mean_top1']:.0%} of the top tokens"
     )
     why += f" ({', '.join(beside)})" if beside else ""
     if best != "cosine" and made.self_cosine:
