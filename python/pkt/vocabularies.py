@@ -29,6 +29,7 @@ class Spelling:
     texts: Mapping[int, bytes]  #: of every token; a special token's is its name
     special: frozenset[int]  #: tokens that stand for no text
     spare: frozenset[int]  #: single bytes, for text that has no token of its own
+    words: bool = False  #: a space before each word is taken for granted (WordPiece)
 
 
 def spelling(description: Mapping[str, Any]) -> Spelling:
@@ -53,7 +54,8 @@ def spelling(description: Mapping[str, Any]) -> Spelling:
     found = {n: texts(token) for token, n in listed.items() if n not in special}
     found |= {n: token["content"].encode() for n, token in added.items()}
     spare = {n for token, n in listed.items() if n not in added and _BYTE.fullmatch(token)}
-    return Spelling(found, frozenset(special), frozenset(spare))
+    words = model.get("type") == "WordPiece"
+    return Spelling(found, frozenset(special), frozenset(spare), words)
 
 
 def shared_tokens(
@@ -88,9 +90,9 @@ def shared_tokens(
         for key in theirs.keys() & ours.keys()
         for pair in zip(theirs[key], ours[key])  # noqa: B905
     ]
-    counts = [sum(map(len, each.values())) for each in (theirs, ours)]
     same = teacher.texts == student.texts and teacher.special == student.special
-    found = SharedTokens(tuple(sorted(pairs)), *counts, same)
+    counts = sum(map(len, theirs.values())), sum(map(len, ours.values()))
+    found = SharedTokens(tuple(sorted(pairs)), counts[0], counts[1], same)
     if not pairs or (found.coverage < LEAST_COVERAGE and not allow_low_coverage):
         raise IncompatibleError(
             f"vocabularies: expected at least half of the smaller one in the other, found "
@@ -106,9 +108,10 @@ def common_ends(
 ) -> list[tuple[int, int]]:
     """Positions at which both tokenizations of one text end a stretch of it together.
 
-    A space that only one of them puts in front of the text does not count, nor do special tokens:
-    of several positions that end at one place the first that holds text stands. Where the two
-    do not spell the same text, nothing is found from the first difference on.
+    A space that only one of them puts in front of the text does not count (no space does where one
+    takes them for granted), nor do special tokens: of several positions that end at one place the
+    first that holds text stands. Where the two do not spell the same text, nothing is found from
+    the first difference on.
 
     Args:
         teacher: token ids of the text.
@@ -120,8 +123,9 @@ def common_ends(
         (teacher position, student position), ascending.
 
     """
-    whole, ends = _ends(teacher, theirs)
-    other, others = _ends(student, ours)
+    spaces = not (theirs.words or ours.words)
+    whole, ends = _ends(teacher, theirs, spaces)
+    other, others = _ends(student, ours, spaces)
     same = next(
         (i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b),
         min(len(whole), len(other)),
@@ -131,14 +135,16 @@ def common_ends(
     ]
 
 
-def _ends(tokens: Sequence[int], spelled: Spelling) -> tuple[bytes, dict[int, int]]:
+def _ends(tokens: Sequence[int], spelled: Spelling, spaces: bool) -> tuple[bytes, dict[int, int]]:
     """The text, and the position of the token that ends at each byte of it."""
-    text, ends = bytearray(), {}
+    text, ends = bytearray(), dict[int, int]()
     for position, token in enumerate(tokens):
         if token in spelled.special:
             continue
         piece = spelled.texts.get(token, b"")
-        if not text:
+        if not spaces:
+            piece = piece.replace(b" ", b"")
+        elif not text:
             piece = piece.removeprefix(b" ")
         text += piece
         if piece:

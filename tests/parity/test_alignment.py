@@ -1,4 +1,4 @@
-"""Maps and the quality report against a dense reference: whole models, hooks, every basis vector."""
+"""Maps and the quality report against whole models in memory, hooks and every basis vector."""
 
 from __future__ import annotations
 

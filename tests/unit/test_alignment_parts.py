@@ -1,4 +1,4 @@
-"""What the quality report stands on: kept maps, likeness of layers, the lens over chunks, memory."""
+"""What the quality report stands on: kept maps, likeness of layers, the lens over chunks."""
 
 from __future__ import annotations
 

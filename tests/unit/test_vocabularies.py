@@ -192,6 +192,16 @@ def test_both_have_read_the_same_text_where_they_end_together(one: str, other: s
         assert len(found) >= words, "at least where words end"
 
 
+@pytest.mark.parametrize("other", ["byte-level", "sentencepiece", "unigram"])
+def test_wordpiece_meets_the_others_at_every_word(other: str) -> None:
+    """It does not say where spaces are: "mat ," and "mat," are one text."""
+    text = "the cat sat on the mat, and again"
+    a, b = KINDS["wordpiece"].encode(text).ids, KINDS[other].encode(text).ids
+    found = common_ends(a, b, spelled(KINDS["wordpiece"]), spelled(KINDS[other]))
+    assert found[-1] == (len(a) - 1, len(b) - 1)
+    assert len(found) >= 9, "eight words and a comma"
+
+
 def test_equal_tokenizations_meet_everywhere_but_at_special_tokens() -> None:
     each = spelled(KINDS["byte-level"])
     ids = [0, *KINDS["byte-level"].encode("the cat sat").ids, 1]

@@ -176,7 +176,7 @@ def _require_used(ctx: click.Context, names: tuple[str, ...], align: bool) -> No
     for param in ctx.command.params:
         source = ctx.get_parameter_source(param.name or "")
         if param.name in names and source is not ParameterSource.DEFAULT:
-            form = "with --align has no" if align else "has without --align no"
+            form = "with --align has no" if align else "without --align has no"
             raise UsageError(f"pkt inspect {form} {param.opts[-1]}", "leave it out")
 
 

@@ -7,6 +7,7 @@ student, ``h̃ = Ŝ_S a``: up to a positive scale that is ``M h`` with ``M = Ŝ_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -81,7 +82,7 @@ def _random(given: Evidence) -> torch.Tensor:
     draw = torch.Generator().manual_seed(given.seed)
     teacher, student = given.sizes
     entries = torch.randn(student, teacher, generator=draw, dtype=torch.float64)
-    return entries / float(teacher) ** 0.5
+    return entries.mul_(1 / math.sqrt(teacher))
 
 
 def _truncate(given: Evidence) -> torch.Tensor:
