@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Notify = Callable[[str, int, int], None]
 
+_STORIES = "data/demo/stories_seeds.jsonl"
+_RESULTS = ("report", "maps")
+
 
 def prepare_alignment(
     teacher: str,
@@ -193,10 +196,6 @@ def require_alignment_fit(plan: AlignPlan) -> None:
             "name another disk with --spool-dir, or take fewer or shorter texts (--limit, "
             "--max-tokens)",
         )
-
-
-_STORIES = "data/demo/stories_seeds.jsonl"
-_RESULTS = ("report", "maps")
 
 
 def _spelling(model: Model, tokenizer: Any) -> Spelling:

@@ -95,7 +95,7 @@ def run_quality(
         found = _found(task, made, theirs, ours, lens, alike)
         run = {
             "seconds": {name: round(value, 3) for name, value in costs.seconds.items()},
-            "bytes_read": theirs.bytes_read + ours.bytes_read,
+            "bytes_streamed": theirs.bytes_read + ours.bytes_read,
             "peak_anonymous_bytes": peak.peak_bytes,
             "planned_bytes": task.plan.peak_bytes,
             "budget_bytes": task.plan.budget_bytes,
@@ -130,16 +130,16 @@ def _workplace(
         if spool_dir:
             spool_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="pkt-", dir=spool_dir) as name:
-            yield _made(Path(name))
+            yield _with_roles(Path(name))
         return
     with run_folder(folder, task.identity(), overwrite) as work:
         spool = work / "spool"
         shutil.rmtree(spool, ignore_errors=True)  # of a run that was interrupted
         spool.mkdir()
-        yield _Place(_made(tensor_folder(spool, spool_dir)).spool, work)
+        yield _Place(_with_roles(tensor_folder(spool, spool_dir)).spool, work)
 
 
-def _made(folder: Path) -> _Place:
+def _with_roles(folder: Path) -> _Place:
     for role in ("teacher", "student"):
         (folder / role).mkdir(exist_ok=True)
     return _Place(folder)
@@ -164,7 +164,8 @@ def _lens(
     count = max(1, min(task.states // 2, LENS_STATES // len(task.pairs)))
     judged = torch.arange(count) * task.states // count
     rest = torch.ones(task.states, dtype=torch.bool).index_fill_(0, judged, value=False)
-    states, mapped = [], {name: [] for name in task.maps}  # type: ignore[var-annotated]
+    states: list[torch.Tensor] = []
+    mapped: dict[str, list[torch.Tensor]] = {name: [] for name in task.maps}
     for pair in task.pairs:
         whole = theirs.after(pair.teacher)
         states.append(whole[judged].to(device))
