@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from commands import Inputs, build_inputs, pkt, result_bytes, write_seeds
+from pkt.errors import OutputError
 from tiny_tokenizer import write_tokenizer
 
 
@@ -59,6 +61,23 @@ def test_the_report_says_map_and_why(inputs: Inputs, tmp_path: Path) -> None:
     replaced = align(inputs, "-o", out, "--no-fold-norm", "--overwrite")
     assert replaced.code == 0
     assert result_bytes(out) != before
+
+
+def test_an_interrupted_report_uses_its_maps_again(inputs: Inputs, tmp_path: Path) -> None:
+    out, there = tmp_path / "out", tmp_path / "there"
+    where = ("-o", out, "--spool-dir", there)
+    stopped = OutputError("the disk is full")
+    with mock.patch("pkt.methods.semalign.quality.linear_cka", side_effect=stopped):
+        assert align(inputs, *where).code == 1
+    assert (out / ".work" / "maps" / "dual.safetensors").is_file()
+    assert list(there.iterdir()), "hidden states of the interrupted run"
+    assert align(inputs, *where).code == 0
+    run = json.loads((out / "pkt_run.json").read_text())
+    assert run["maps_reused"] == ["cosine", "dual", "embedding"]
+    assert list(there.iterdir()) == []
+    fresh = tmp_path / "fresh"
+    assert align(inputs, "-o", fresh).code == 0
+    assert result_bytes(out) == result_bytes(fresh)
 
 
 def test_json_is_one_object_and_nothing_is_left(

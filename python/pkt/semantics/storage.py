@@ -41,7 +41,7 @@ def save_map(
 
     stored = made.float().cpu().contiguous()
     record = {"inputs": dict(inputs), "found": dict(found)}
-    text = json.dumps({**record, "sha256": _digest(stored, record)}, sort_keys=True)
+    text = json.dumps({**record, "sha256": _digest(stored, record)})  # found keeps its order
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

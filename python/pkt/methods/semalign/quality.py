@@ -29,7 +29,7 @@ from pkt.records import Alignment
 from pkt.report import write_alignment
 from pkt.semantics import MAPS, Evidence, HeadPair
 from pkt.similarity import Lens, lens_quality, linear_cka
-from pkt.workplace import tensor_folder
+from pkt.workplace import drop_tensors, tensor_folder
 
 Notify = Callable[[str, int, int], None]
 
@@ -134,7 +134,8 @@ def _workplace(
         return
     with run_folder(folder, task.identity(), overwrite) as work:
         spool = work / "spool"
-        shutil.rmtree(spool, ignore_errors=True)  # of a run that was interrupted
+        drop_tensors(spool)  # of a run that was interrupted
+        shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir()
         yield _Place(_with_roles(tensor_folder(spool, spool_dir)).spool, work)
 
