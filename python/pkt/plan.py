@@ -13,7 +13,7 @@ from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import LOGIT_ELEMENTS, MIB
 from pkt.models import Model
 from pkt.projections import Pair
-from pkt.records import Plan, PlanPart, Room
+from pkt.records import AlignPlan, DiskNeed, Plan, PlanPart, Room
 from pkt.schedule import peak_boundaries, schedule, turns
 
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
@@ -258,6 +258,101 @@ def make_forward_plan(
         least_spool=(1, spool),
         passes=1,
     )
+
+
+def make_align_plan(
+    teacher: Model,
+    student: Model,
+    *,
+    dtypes: tuple[str, str],
+    maps: int,
+    tokens: tuple[int, int],
+    longest: tuple[int, int],
+    states: int,
+    lens_states: int,
+    chunk_elements: int,
+    budget: tuple[int, str],
+    disk: tuple[str, int] | None = None,
+) -> AlignPlan:
+    """The plan of a pair's quality report; pairs of numbers are the teacher's and the student's.
+
+    Args:
+        teacher: larger model.
+        student: smaller model.
+        dtypes: computed in, "F32" or "BF16".
+        maps: that are compared.
+        tokens: of all texts.
+        longest: tokens of the longest text.
+        states: most positions whose states are kept.
+        lens_states: most states, of all layers together, whose logits are compared.
+        chunk_elements: of a head, read at once.
+        budget: bytes allowed, and where that number comes from.
+        disk: a folder, and what its disk has free; ``None``: not asked for.
+
+    """
+    models = (teacher, student)
+    wide, narrow = teacher.hidden_size, student.hidden_size
+    base = PlanPart("torch, transformers", BASE_BYTES)
+    kept = PlanPart("maps, float32", 4 * maps * wide * narrow)
+    grams = 8 * (3 * wide * wide + 3 * narrow * narrow + 2 * wide * narrow)
+    heads = (
+        base, kept, PlanPart("Gram matrices, factors", grams, "float64"),
+        PlanPart("chunks of the heads", 48 * chunk_elements, "float64"),
+    )  # fmt: skip
+    logits = PlanPart("logits", 24 * LOGIT_ELEMENTS)
+    lens = (
+        base, kept, logits, PlanPart("chunks of the heads", 48 * chunk_elements, "float64"),
+        PlanPart("states", 4 * lens_states * (wide + maps * narrow) + 20 * states * wide),
+    )  # fmt: skip
+    kernels = PlanPart("kernels of the layers", 8 * states * states * (2 * student.layers + 3))
+    alike = (base, kept, kernels, PlanPart("states", 12 * states * wide))
+
+    def parts(slots: int) -> tuple[PlanPart, ...]:
+        sweeps = [
+            (base, kept, *_forward_parts(model, slots, dtype, most))
+            for model, dtype, most in zip(models, dtypes, longest, strict=True)
+        ]
+        return tuple(max((heads, lens, alike, *sweeps), key=_total))
+
+    slots = next((slots for slots in (2, 1) if _total(parts(slots)) <= budget[0]), 1)
+    items = [DTYPE_BYTES[dtype] for dtype in dtypes]
+    on_disk = sum(
+        item * model.hidden_size * (states * (model.layers + 1) + 3 * count)
+        for model, item, count in zip(models, items, tokens, strict=True)
+    )
+    ends = sum((m.head or m.embedding).bytes for m in models)
+    passes = 4 if maps else 0  # Gram matrices, v1's map, embeddings, logits
+    return AlignPlan(
+        budget_bytes=budget[0],
+        budget_source=budget[1],
+        parts=parts(slots),
+        smallest_bytes=-(-_total(parts(1)) // MIB) * MIB,
+        slots=slots,
+        read_bytes=sum(m.checkpoint.bytes for m in models) + passes * ends,
+        disk_bytes=on_disk,
+        disk=DiskNeed(disk[0], on_disk, disk[1]) if disk else None,
+    )
+
+
+def _forward_parts(model: Model, slots: int, dtype: str, longest: int) -> list[PlanPart]:
+    """What one layer's forward pass holds."""
+    layer = max(model.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
+    item, elements = DTYPE_BYTES[dtype], sum(p.elements for p in layer.values())
+    slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
+    widths = sum(sum(p.shape) for p in layer.values() if len(p.shape) == 2)
+    activations = longest * (widths + 8 * model.hidden_size) * item
+    mask = 2 * longest * longest * (item if _eager(model) else 1)
+    converted = 0 if _native(layer, dtype) else elements * item
+    return [
+        PlanPart("layer slots", slots * slot, f"{slots}, {'ahead' if slots > 1 else 'in turn'}"),
+        *([PlanPart("weights converted", converted, f"to {dtype}")] if converted else []),
+        PlanPart(
+            "activations of one text",
+            activations + _attention_bytes(model, longest, item),
+            f"{longest} tokens",
+        ),
+        PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
+    ]
 
 
 def _spool_room(room: Room | None, others: int) -> int | None:

@@ -160,6 +160,33 @@ class TopLogits:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPair:
+    """A teacher layer whose states, mapped, are held against a student layer's; both from 1.
+
+    With ``mix`` λ > 0 the state is ``(1 − λ) h_teacher + λ h_{teacher + 1}``.
+    """
+
+    teacher: int
+    student: int
+    mix: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTokens:
+    """The tokens that two vocabularies have in common, and how many of each that is."""
+
+    pairs: Sequence[tuple[int, int]]  #: (teacher id, student id), by teacher id
+    teacher_tokens: int  #: that the teacher's tokenizer names and its head has a row for
+    student_tokens: int
+    same: bool  #: both tokenizers give every token the same id
+
+    @property
+    def coverage(self) -> float:
+        """Share of the smaller vocabulary that the other one has too."""
+        return len(self.pairs) / max(1, min(self.teacher_tokens, self.student_tokens))
+
+
+@dataclass(frozen=True, slots=True)
 class PlanPart:
     """One share of memory, disk or reading, in bytes."""
 
@@ -239,6 +266,28 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class AlignPlan:
+    """What a pair's quality report will hold, read and write, worked out from headers alone."""
+
+    budget_bytes: int
+    budget_source: str  #: "--max-ram" or where `auto` found it
+    parts: tuple[PlanPart, ...]  #: anonymous memory at the peak, part by part
+    smallest_bytes: int  #: the least --max-ram that it fits in
+    slots: int  #: layer slots: 1 reads and computes in turn, 2 reads ahead
+    read_bytes: int  #: of both models, at most
+    disk_bytes: int  #: hidden states, at most
+    disk: DiskNeed | None = None  #: None: not asked for
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.budget_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """How a teacher's files are read, why so, and what was measured for it."""
 
@@ -295,6 +344,15 @@ class Recording:
     folder: Path
     manifest: Mapping[str, Any]
     run: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """A pair's quality report: what was found, what it cost, and where it is, if it was kept."""
+
+    found: Mapping[str, Any]  #: the manifest
+    run: Mapping[str, Any]
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,16 +24,24 @@ from pkt.api.extracting import (
     reading,
     require_fit,
 )
+from pkt.api.pair_quality import (
+    align_quality,
+    execute_alignment,
+    prepare_alignment,
+    require_alignment_fit,
+)
 from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
     "TOP_K",
+    "align_quality",
     "check_device",
     "continuations",
     "data_formats",
     "evaluate",
     "execute",
+    "execute_alignment",
     "execute_evaluation",
     "execute_export",
     "execute_targets",
@@ -46,11 +54,13 @@ __all__ = [
     "inspect",
     "pick_device",
     "prepare",
+    "prepare_alignment",
     "prepare_evaluation",
     "prepare_export",
     "prepare_targets",
     "prepare_training",
     "reading",
+    "require_alignment_fit",
     "require_device_fit",
     "require_fit",
     "train",

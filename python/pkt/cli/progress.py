@@ -15,8 +15,10 @@ from typing import Any
 from pkt.config import format_bytes
 from pkt.host import anonymous_bytes
 
-_UNITS = {"embed": "chunk", "head": "seed", "ends": "seed", "targets": "example"}
-_STREAMED = ("forward", "again", "backward")
+_UNITS = {
+    "embed": "chunk", "head": "seed", "ends": "seed", "targets": "example", "maps": "map",
+}  # fmt: skip
+_STREAMED = ("forward", "again", "backward", "teacher")
 
 
 class Progress:

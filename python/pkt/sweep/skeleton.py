@@ -132,6 +132,19 @@ class Skeleton:
         logits: torch.Tensor = self._call(self.model, weights, ids).logits
         return logits[0]
 
+    def normed(self, hidden: torch.Tensor, outer: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the head is given (n, D) for last hidden states (n, D): the final norm of them."""
+        seen: list[torch.Tensor] = []
+        linear = self.model.get_submodule(self.head.removesuffix(".weight"))
+        handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            self.logits(hidden, torch.zeros_like(hidden[:1]), outer)
+        finally:
+            handle.remove()
+        if len(seen) != 1 or seen[0].shape != (1, *hidden.shape):
+            raise self.tape.refusal("does not hand its last hidden states to its head")
+        return seen[0][0]
+
     def _call(self, module: nn.Module, weights: Mapping[str, torch.Tensor], ids: Any) -> Any:
         absent = [name for name, _ in module.named_parameters() if name not in weights]
         if absent:

@@ -1,0 +1,125 @@
+"""Which teacher layer speaks to which student layer; layers are counted from 1 here.
+
+Gu et al., "Beyond Neural Incompatibility", arXiv 2510.24208. By the floor rule student layer k
+listens to teacher layer ``ℓ_k = max(1, ⌊k L_T / L_S⌋)``: the last to the last, order kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pkt.errors import IncompatibleError, UsageError
+from pkt.records import LayerPair
+
+
+def floor_pairs(teacher_layers: int, student_layers: int) -> tuple[LayerPair, ...]:
+    """A teacher layer for each student layer k: ``max(1, ⌊k L_T / L_S⌋)``.
+
+    Raises:
+        IncompatibleError: the teacher has fewer layers than the student.
+
+    """
+    _require_deeper(teacher_layers, student_layers)
+    return tuple(
+        LayerPair(max(1, k * teacher_layers // student_layers), k)
+        for k in range(1, student_layers + 1)
+    )
+
+
+def critical_pairs(
+    critical: Iterable[int], teacher_layers: int, student_layers: int
+) -> tuple[LayerPair, ...]:
+    """The pairs of the floor rule that critical teacher layers lead to.
+
+    Layer ℓ⋆ goes to ``k† = min{k : ℓ_k ≥ ℓ⋆}``, and the pair is (ℓ_k†, k†): the layer that the
+    floor rule maps gives the target, not ℓ⋆ itself. Layers that lead to one pair share it.
+
+    Args:
+        critical: teacher layers, from 1.
+        teacher_layers: L_T.
+        student_layers: L_S.
+
+    Raises:
+        UsageError: a layer that the teacher does not have.
+        IncompatibleError: the teacher has fewer layers than the student.
+
+    """
+    pairs, found = floor_pairs(teacher_layers, student_layers), set()
+    for layer in critical:
+        _require_layer("teacher", layer, teacher_layers)
+        found.add(next((p.student for p in pairs if p.teacher >= layer), student_layers))
+    return tuple(pairs[student - 1] for student in sorted(found))
+
+
+def interpolated_pairs(teacher_layers: int, student_layers: int) -> tuple[LayerPair, ...]:
+    """For each student layer two neighbouring teacher layers and how they are mixed.
+
+    ``u = k L_T / L_S``, ``a = clip(⌊u⌋, 1, L_T − 1)``, ``λ = clip(u − a, 0, 1)``, and the state is
+    ``(1 − λ) h_a + λ h_{a+1}``, mixed before it is mapped.
+
+    Raises:
+        IncompatibleError: the teacher has fewer layers than the student.
+
+    """
+    _require_deeper(teacher_layers, student_layers)
+    pairs = []
+    for k in range(1, student_layers + 1):
+        lower = min(max(k * teacher_layers // student_layers, 1), max(teacher_layers - 1, 1))
+        mix = min(max((k * teacher_layers - lower * student_layers) / student_layers, 0.0), 1.0)
+        pairs.append(LayerPair(lower, k, mix))
+    return tuple(pairs)
+
+
+def given_pairs(text: str, teacher_layers: int, student_layers: int) -> tuple[LayerPair, ...]:
+    """The pairs of ``T:S,T:S,…``, by student layer.
+
+    Raises:
+        UsageError: not of this form, out of range, or a student layer named twice.
+
+    """
+    found: dict[int, int] = {}
+    for part in text.split(","):
+        teacher, colon, student = part.strip().partition(":")
+        if not colon or not _is_number(teacher) or not _is_number(student):
+            raise UsageError(
+                f"--pairs {text}: expected TEACHER:STUDENT layers, counted from 1, found {part!r}",
+                "for example --pairs 5:3,10:6",
+            )
+        _require_layer("teacher", int(teacher), teacher_layers)
+        _require_layer("student", int(student), student_layers)
+        if int(student) in found:
+            raise UsageError(f"--pairs {text}: student layer {student} stands there twice")
+        found[int(student)] = int(teacher)
+    return tuple(LayerPair(teacher, student) for student, teacher in sorted(found.items()))
+
+
+def unlike_attention(
+    pairs: Sequence[LayerPair], teacher_kinds: Sequence[str], student_kinds: Sequence[str]
+) -> tuple[LayerPair, ...]:
+    """The pairs of which one layer's attention slides over a window and the other's does not.
+
+    Args:
+        pairs: of layers, from 1.
+        teacher_kinds: attention of each teacher layer, such as "sliding_attention".
+        student_kinds: of each student layer.
+
+    """
+    return tuple(p for p in pairs if teacher_kinds[p.teacher - 1] != student_kinds[p.student - 1])
+
+
+def _require_deeper(teacher_layers: int, student_layers: int) -> None:
+    if teacher_layers < student_layers:
+        raise IncompatibleError(
+            f"layers: expected a teacher with at least the student's {student_layers}, "
+            f"found {teacher_layers}",
+            "swap teacher and student, or take a deeper teacher",
+        )
+
+
+def _require_layer(role: str, layer: int, layers: int) -> None:
+    if not 1 <= layer <= layers:
+        raise UsageError(f"{role} layer {layer}: expected 1 to {layers}")
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().isascii() and text.strip().isdigit()
