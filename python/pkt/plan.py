@@ -22,6 +22,8 @@ HEAP_BYTES = 32 * MIB  # blocks from here on are glibc's own mappings, smaller o
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
 DEVICE_BASE_BYTES = 256 * MIB  # of a device: work spaces, code, what fragments; estimated
 DEVICE_BLOCK_BYTES = 128 * MIB  # a row block of gradients there, and the head's; estimated
+PRODUCT_BYTES = 640 << 10  # what oneDNN keeps of a bfloat16 product of one shape, measured
+MOST_PRODUCTS = 1024  # of which it keeps so many
 WINDOW_BYTES = 16  # an element: as stored, in float32, and laid out for products from either side
 
 
@@ -181,6 +183,7 @@ def make_forward_plan(
     dtype: str,
     tokens: int,
     longest: int,
+    lengths: int,
     answers: int,
     results: int,
     held: int,
@@ -194,6 +197,7 @@ def make_forward_plan(
         dtype: computed in, "F32" or "BF16".
         tokens: of all examples.
         longest: tokens of the longest example.
+        lengths: number of different lengths that examples have.
         answers: answer tokens of all examples.
         results: bytes of the targets.
         held: bytes of them in memory at once, at most.
@@ -215,6 +219,9 @@ def make_forward_plan(
     per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
     activations = longest * per_token * item + _attention_bytes(teacher, longest, item)
     mask = 2 * longest * longest * (item if _eager(teacher) else 1)  # sliding and full
+    # Of each length, those with the matrices of a layer, of its attention, and with the head.
+    kinds = len({piece.shape for piece in matrices}) + 2
+    products = min(MOST_PRODUCTS, lengths * kinds) * PRODUCT_BYTES if dtype == "BF16" else 0
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
         note = f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
@@ -224,6 +231,8 @@ def make_forward_plan(
         ]
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
+        if products:
+            shared.append(PlanPart("products of each length", products, f"{lengths} lengths"))
         forward = [
             *shared,
             PlanPart("activations of one example", activations, f"{longest} tokens"),
@@ -240,7 +249,7 @@ def make_forward_plan(
     sizes = {slots: _total(parts(slots)) for slots in (2, 1)}
     slots = next((count for count, size in sizes.items() if size <= budget[0]), 1)
     read = sum(p.bytes for pieces in teacher.checkpoint.layers for p in pieces.values())
-    products = 2 * tokens * sum(p.elements for p in matrices) * teacher.layers
+    flop = 2 * tokens * sum(p.elements for p in matrices) * teacher.layers
     spool = 2 * tokens * teacher.hidden_size * item  # the inputs of a layer and its outputs
     return Plan(
         budget_bytes=budget[0],
@@ -253,7 +262,7 @@ def make_forward_plan(
         spool_bytes=spool,
         record_bytes=results,
         adapter_bytes=0,
-        flop=products + 2 * answers * head.elements,
+        flop=flop + 2 * answers * head.elements,
         room=room,
         least_spool=(1, spool),
         passes=1,

@@ -96,6 +96,7 @@ def prepare_targets(
     results, held = _sizes(samples, config.top_k)
     plan = make_forward_plan(
         big, dtype=config.dtype, tokens=samples.tokens, longest=samples.longest,
+        lengths=len({len(sample.tokens) for sample in samples.samples}),
         answers=samples.loss_tokens, results=results, held=held, budget=budget(max_ram),
         room=room(Path(output_dir), Path(spool_dir) if spool_dir else None),
     )  # fmt: skip
