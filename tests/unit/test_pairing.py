@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkt.errors import IncompatibleError, UsageError
@@ -26,6 +26,7 @@ def test_forty_layers_onto_thirty_two() -> None:
 
 
 @given(depths)
+@settings(deadline=None)
 def test_the_floor_rule_keeps_order_and_ends_at_the_last_layer(depth: tuple[int, int]) -> None:
     pairs = floor_pairs(*depth)
     assert [pair.student for pair in pairs] == list(range(1, depth[1] + 1))
@@ -36,6 +37,7 @@ def test_the_floor_rule_keeps_order_and_ends_at_the_last_layer(depth: tuple[int,
 
 
 @given(depths, st.data())
+@settings(deadline=None)
 def test_a_critical_layer_leads_to_the_first_pair_at_or_above_it(
     depth: tuple[int, int], data: st.DataObject
 ) -> None:
@@ -53,6 +55,7 @@ def test_critical_layers_that_lead_to_one_pair_share_it() -> None:
 
 
 @given(depths)
+@settings(deadline=None)
 def test_interpolation_hits_the_exact_place(depth: tuple[int, int]) -> None:
     """a + λ is k L_T / L_S, kept between 1 and L_T."""
     for pair in interpolated_pairs(*depth):
