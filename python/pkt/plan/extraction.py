@@ -1,0 +1,240 @@
+"""What an extraction will hold, read and write, worked out from headers before anything is read.
+
+Anonymous memory only: mapped and cached pages are the kernel's to take back. Three phases bind:
+one layer's sweep, the head with its logits, and the factors; the plan lists the largest. So it
+does for the memory of a CUDA device, by the same formulas; there it is an estimate, not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pkt.checkpoint import DTYPE_BYTES
+from pkt.config import LOGIT_ELEMENTS, MIB
+from pkt.models import Model
+from pkt.plan.sizes import (
+    BASE_BYTES,
+    BLOCK_BYTES,
+    CALLS_BYTES,
+    DEVICE_BASE_BYTES,
+    DEVICE_BLOCK_BYTES,
+    WINDOW_BYTES,
+    attention_bytes,
+    is_eager,
+    is_native,
+    kept_bytes,
+    total_bytes,
+)
+from pkt.projections import Pair
+from pkt.records import Plan, PlanPart, Room
+from pkt.schedule import peak_boundaries, schedule, turns
+
+
+def make_plan(
+    teacher: Model,
+    student: Model | None,
+    pairs: Sequence[Pair],
+    *,
+    dtype: str,
+    rank: int,
+    tokens: int,
+    longest: int,
+    budget: tuple[int, str],
+    embeddings: bool = False,
+    masks: bool = False,
+    crossed: bool = False,
+    sums: bool = False,
+    every: int | None = None,
+    room: Room | None = None,
+) -> Plan:
+    """The plan of an extraction.
+
+    Args:
+        teacher: larger model.
+        student: smaller model, if it is known yet.
+        pairs: matrices to be cut.
+        dtype: computed in, "F32" or "BF16".
+        rank: of the adapter.
+        tokens: of all seeds.
+        longest: tokens of the longest seed.
+        budget: bytes allowed, and where that number comes from.
+        embeddings: whether embedding and head are extracted too.
+        masks: whether single weights are chosen, whose bit masks are kept.
+        crossed: whether rows and columns are chosen one by one: the columns between are read too.
+        sums: whether the records of all layers, held to the end, keep row and column sums.
+        every: every k-th layer's inputs are kept on the disk; ``None``: the smallest k that the
+            disk has room for.
+        room: what the disks have free; ``None``: enough.
+
+    Returns:
+        the plan with the fastest setting (slots, scores) that fits, or the smallest if none does.
+        What is left of the budget becomes slots: as many layers stay in memory when the order
+        turns round.
+
+    """
+    item = DTYPE_BYTES[dtype]
+    layer = max(teacher.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
+    matrices = [p for p in layer.values() if len(p.shape) == 2]
+    elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
+    slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
+    converted = 0 if is_native(layer, dtype) else elements * item
+    head = teacher.head or teacher.embedding
+    head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
+    logits = LOGIT_ELEMENTS * (2 * item + 14)  # in the head's type and in float32, and gradients
+    widths = [*(width for p in matrices for width in p.shape), *(8 * [teacher.hidden_size])]
+    activations = sum(kept_bytes(longest * width * item) for width in widths)
+    activations += attention_bytes(teacher, longest, item)
+    mask = 2 * longest * longest * (item if is_eager(teacher) else 1)  # sliding and full
+    adapter = _adapter_bytes(student, pairs, rank, embeddings)
+    window = _window_bytes(pairs)
+    if embeddings and student:
+        window = max(window, student.embedding.elements * WINDOW_BYTES)
+    base = PlanPart("torch, transformers, peft", BASE_BYTES)
+    records = _sums_bytes(pairs) * teacher.layers if sums else 0
+    kept = [PlanPart("sums of every layer", records)] if sums else []
+    largest = max((p.elements for p in matrices), default=0)
+
+    def phases(shared: list[PlanPart], matrix: bool, block: int) -> tuple[list[PlanPart], ...]:
+        held = largest if matrix else elements
+        sweep = [
+            *shared,
+            PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
+            PlanPart("gradient block", block),
+            PlanPart("activations of one seed", activations, f"{longest} tokens"),
+            PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
+        ]
+        ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
+        if embeddings:
+            ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
+        return sweep, ends
+
+    def parts(slots: int, matrix: bool) -> tuple[PlanPart, ...]:
+        shared = [
+            base,
+            *kept,
+            PlanPart(
+                "layer slots", slots * slot, f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
+            ),
+        ]
+        if converted:
+            shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
+        sweep, ends = phases(shared, matrix, BLOCK_BYTES)
+        factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
+        return tuple(max((sweep, ends, factors), key=total_bytes))
+
+    def on_device(matrix: bool) -> tuple[PlanPart, ...]:
+        """Of a CUDA device: two layers whatever the slots, which lie in the host's memory."""
+        shared = [
+            PlanPart("libraries", DEVICE_BASE_BYTES),
+            PlanPart("weights", 2 * elements * item, "a layer at work, the next one copied"),
+        ]
+        if converted:
+            stored = max((p.bytes for p in matrices), default=0)
+            shared.append(PlanPart("largest weight as stored", stored))
+        sweep, ends = phases(shared, matrix, DEVICE_BLOCK_BYTES)
+        ends.append(sweep[len(shared)])  # scores: what is allocated there is taken, used or not
+        factors = [shared[0], PlanPart("largest window", window)]
+        return tuple(max((sweep, ends, factors), key=total_bytes))
+
+    settings = [(2, False), (1, False), (2, True), (1, True)]
+    sizes = {s: total_bytes(parts(*s)) for s in settings}
+    fitting = [s for s in settings if sizes[s] <= budget[0]]
+    smallest = min(settings, key=lambda s: (sizes[s], settings.index(s)))
+    slots, matrix = fitting[0] if fitting else smallest
+    while slots < teacher.layers and total_bytes(parts(slots + 1, matrix)) <= budget[0]:
+        slots += 1
+    block = tokens * teacher.hidden_size * item
+    crossing = tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item if matrix else 0
+    if masks:
+        records += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
+
+    def spool(every: int) -> int:
+        return peak_boundaries(teacher.layers, every, embeddings) * block + crossing
+
+    choices = range(1, teacher.layers + 1)
+    least = min(choices, key=spool) if room else 1
+    if every is None:
+        free = _spool_room(room, records + adapter)
+        every = next((k for k in choices if free is None or spool(k) <= free), least)
+    steps = schedule(teacher.layers, every, last=embeddings)
+    uses = [step.layer for step in steps if step.kind in ("forward", "backward")]
+    again = sum(step.kind == "forward" and step.again for step in steps)
+    products = 2 * tokens * sum(p.elements for p in matrices)  # of one layer, one way
+    return Plan(
+        budget_bytes=budget[0],
+        budget_source=budget[1],
+        parts=parts(slots, matrix),
+        smallest_bytes=-(-sizes[smallest] // MIB) * MIB,
+        slots=slots,
+        scores="matrix" if matrix else "layer",
+        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums, uses, slots),
+        spool_bytes=spool(every),
+        record_bytes=records,
+        spool_every=every,
+        recomputed_layers=again,
+        flop=(4 * teacher.layers + again) * products + 4 * tokens * head.elements,
+        adapter_bytes=adapter,
+        room=room,
+        least_spool=(least, spool(least)),
+        device_parts=on_device(matrix),
+    )
+
+
+def _spool_room(room: Room | None, others: int) -> int | None:
+    """Bytes that the spool may take; ``None``: as many as it likes."""
+    if room is None:
+        return None
+    return room.spool_free - (others if room.shared else 0)
+
+
+def _window_bytes(pairs: Sequence[Pair]) -> int:
+    """The largest student module while its factors are made."""
+    modules: dict[str, int] = {}
+    for pair in pairs:
+        size = pair.student.out_features * pair.student.in_features
+        modules[pair.student.module] = modules.get(pair.student.module, 0) + size
+    return WINDOW_BYTES * max(modules.values(), default=0)
+
+
+def _adapter_bytes(
+    student: Model | None, pairs: Sequence[Pair], rank: int, embeddings: bool
+) -> int:
+    if student is None:
+        return 0
+    layers = sum(
+        min(rank, p.student.out_features, p.student.in_features)
+        * (p.student.out_features + p.student.in_features)
+        for p in pairs
+    )
+    ends = 2 * rank * sum(student.embedding.shape) if embeddings else 0
+    return 4 * (layers * student.layers + ends)
+
+
+def _sums_bytes(pairs: Sequence[Pair]) -> int:
+    """Row and column sums of a layer, in float64 as base64."""
+    return sum(8 * (p.teacher_rows + p.teacher.in_features) * 4 // 3 for p in pairs)
+
+
+def _read_bytes(
+    teacher: Model,
+    student: Model | None,
+    pairs: Sequence[Pair],
+    embeddings: bool,
+    crossed: bool,
+    listed: bool,
+    uses: Sequence[int],
+    slots: int,
+) -> int:
+    sizes = [sum(p.bytes for p in layer.values()) for layer in teacher.checkpoint.layers]
+    kept = turns(uses, slots)  # those are still in memory where the order turns round
+    layers = sum(sizes[i] for i, held in zip(uses, kept, strict=True) if held is None)
+    ends = (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
+    item = DTYPE_BYTES[(teacher.checkpoint.dtypes() or ["F32"])[0]]
+    widths = [p.teacher.in_features if crossed else p.student.in_features for p in pairs]
+    windows = sum(p.student.out_features * w for p, w in zip(pairs, widths, strict=True)) * item
+    windows *= student.layers if student else 0
+    if embeddings and student:
+        width = (teacher if listed else student).hidden_size  # with the channels between
+        windows += 2 * student.embedding.shape[0] * width * item
+        ends += teacher.embedding.bytes + (teacher.head or teacher.embedding).bytes
+    return layers + ends + windows

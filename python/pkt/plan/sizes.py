@@ -1,0 +1,56 @@
+"""Sizes that every plan counts: what the libraries, one product, one activation hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pkt.checkpoint import DTYPE_BYTES
+from pkt.config import MIB
+from pkt.models import Model
+from pkt.records import PlanPart
+
+BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
+BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
+HEAP_BYTES = 32 * MIB  # blocks from here on are glibc's own mappings, smaller ones lie in its heap
+CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
+DEVICE_BASE_BYTES = 256 * MIB  # of a device: work spaces, code, what fragments; estimated
+DEVICE_BLOCK_BYTES = 128 * MIB  # a row block of gradients there, and the head's; estimated
+PRODUCT_BYTES = 640 << 10  # what oneDNN keeps of a bfloat16 product of one shape, measured
+MOST_PRODUCTS = 1024  # of which it keeps so many
+WINDOW_BYTES = 16  # an element: as stored, in float32, and laid out for products from either side
+
+
+def total_bytes(parts: Iterable[PlanPart]) -> int:
+    """Sum of the parts."""
+    return sum(part.bytes for part in parts)
+
+
+def is_eager(teacher: Model) -> bool:
+    """Whether transformers runs its eager attention for this family (it has soft caps)."""
+    return teacher.family == "gemma2"
+
+
+def kept_bytes(tensor: int) -> int:
+    """Of an activation of so many bytes and of the gradients beside it.
+
+    The allocator gives the pages of large ones back at once; smaller ones leave gaps in its heap.
+    """
+    return tensor * 5 // 4 if tensor >= HEAP_BYTES else 2 * tensor
+
+
+def attention_bytes(teacher: Model, longest: int, item: int) -> int:
+    """What attention keeps of one seed beyond q, k and v.
+
+    Fused attention keeps a few rows of probabilities at a time. A model that caps them (Gemma 2)
+    runs transformers' eager code, which keeps whole matrices: logits, capped, softmax in float32.
+    """
+    if is_eager(teacher):
+        return longest * longest * teacher.heads * (4 * item + 8)
+    return 2 * min(longest, 512) * longest * teacher.heads * item
+
+
+def is_native(layer: object, dtype: str) -> bool:
+    """Whether every large tensor can be used where it was read."""
+    assert isinstance(layer, dict)
+    dtypes = {p.dtype for p in layer.values() if len(p.shape) == 2 and p.dtype in DTYPE_BYTES}
+    return dtypes <= ({"F16", "BF16"} if dtype == "BF16" else {dtype})
