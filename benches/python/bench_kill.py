@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--teacher")
     parser.add_argument("--student")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=30, help="no kills after these")
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--max-ram", default="auto")
@@ -80,12 +81,17 @@ def main() -> None:
         wanted, alone = contents(folder / "whole"), busy(folder / "whole")
         kills = runs = 0
         alive: list[float] = []  # seconds of every process of a run, killed or not
-        while kills < args.kills:
+        deadline = time.monotonic() + 60 * args.minutes
+
+        def more() -> bool:
+            return bool(kills < args.kills and time.monotonic() < deadline)
+
+        while more():
             out, spent = folder / f"killed-{runs}", 0.0
             while True:
                 process = start(words, out)
                 begun = time.perf_counter()
-                if kills < args.kills:
+                if more():
                     try:
                         process.wait(draw.uniform(whole - alone, whole))
                     except subprocess.TimeoutExpired:
