@@ -15,6 +15,7 @@ from torch.nn import functional
 from pkt.records import Factors, Split
 
 TOLERANCE = 3e-3  # of the residual ‖Wv − σu‖ / σ; σ itself is then right to its square or so
+NOISE = 1e-6  # of the largest σ: what float32 products leave where the matrix has no more rank
 FULL_BELOW = 384  # shorter sides this small are decomposed whole
 
 
@@ -113,15 +114,26 @@ def _block_krylov(
         if basis.count < look and not full:
             continue
         values, vectors = torch.linalg.eigh((image.all() @ image.all().T).double())
-        sigma = values[-rank:].flip(0).clamp_min(1e-300).sqrt()
-        top = vectors[:, -rank:].flip(1)
-        u = (basis.all().T @ top.float()).double()
-        v = (image.all().T @ top.float()).double() / sigma
-        residual = onto_columns(v.float().T).double().T - u * sigma
-        largest = float((residual.norm(dim=0) / sigma).max())
+        sigma = values[-rank:].flip(0).clamp_min(0).sqrt()
+        known = sigma > NOISE * sigma[0]
+        top, shown = vectors[:, -rank:].flip(1), sigma[known]
+        u = (basis.all().T @ top[:, known].float()).double()
+        v = (image.all().T @ top[:, known].float()).double() / shown
+        residual = onto_columns(v.float().T).double().T - u * shown
+        largest = float((residual.norm(dim=0) / shown).max())
         if full or largest <= TOLERANCE:
-            return basis.all().double().T @ top, sigma, ((image.all().double().T @ top) / sigma).T
+            v = (image.all().double().T @ top[:, known]) / shown
+            return basis.all().double().T @ top, sigma * known, _completed(v, rank, generator).T
         look, seen = _next_look(basis.count, largest, seen), (basis.count, largest)
+
+
+def _completed(v: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """``rank`` orthonormal columns, the first of them those of ``v``: the rest go with σ = 0."""
+    missing = rank - v.shape[1]
+    if not missing:
+        return v
+    drawn = torch.randn(v.shape[0], missing, generator=generator, dtype=v.dtype).to(v.device)
+    return torch.cat([v, torch.linalg.qr(torch.cat([v, drawn], dim=1))[0][:, v.shape[1] :]], dim=1)
 
 
 def _product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -162,7 +174,7 @@ def _next_look(width: int, residual: float, before: tuple[int, float] | None) ->
     half more than there is: early residuals fall slowly, late ones fast.
     """
     least, most = width + max(width // 8, 1), width + width // 2
-    if before is None or residual >= before[1]:
+    if before is None or not residual < before[1]:
         return most
     steps = math.log(residual / TOLERANCE) / math.log(before[1] / residual)
     return min(max(width + int(steps * (width - before[0])), least), most)

@@ -128,6 +128,20 @@ def test_other_element_types(dtype: torch.dtype) -> None:
         check(weight, factorize(weight, RANK, "paper"), RANK)
 
 
+@pytest.mark.parametrize("found", [1, 5, RANK - 1])
+@pytest.mark.parametrize("whole", [False, True])
+def test_fewer_directions_than_the_rank(found: int, whole: bool) -> None:
+    """The rest have σ = 0 and rows of A that are orthonormal still, so that they can learn."""
+    left, right = gaussian(450, found), gaussian(found, 420)
+    if whole:  # integers: every product is exact, and the Gram matrix exactly singular
+        left, right = (3 * left).round(), (3 * right).round()
+    made = factorize((left @ right).float(), RANK, "paper")
+    check((left @ right).float(), made, RANK)
+    gram = made.a.double() @ made.a.double().T
+    torch.testing.assert_close(gram, torch.eye(RANK, dtype=F64), rtol=0, atol=1e-5)
+    assert made.singular_values[found:] == (0.0,) * (RANK - found)
+
+
 def test_scales_far_from_one() -> None:
     for scale in (1e-12, 1e12):
         weight = (with_spectrum(SPECTRA["harmonic"], 450, 420) * scale).float()

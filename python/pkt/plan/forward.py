@@ -55,33 +55,18 @@ def make_forward_plan(
     item = DTYPE_BYTES[dtype]
     layer = max(teacher.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
     matrices = [p for p in layer.values() if len(p.shape) == 2]
-    elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
-    slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
-    converted = 0 if is_native(layer, dtype) else elements * item
     head = teacher.head or teacher.embedding
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
-    per_token = sum(p.shape[0] + p.shape[1] for p in matrices) + 8 * teacher.hidden_size
-    activations = longest * per_token * item + attention_bytes(teacher, longest, item)
-    mask = 2 * longest * longest * (item if is_eager(teacher) else 1)  # sliding and full
     # Of each length, those with the matrices of a layer, of its attention, and with the head.
     kinds = len({piece.shape for piece in matrices}) + 2
     products = min(MOST_PRODUCTS, lengths * kinds) * PRODUCT_BYTES if dtype == "BF16" else 0
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
-        note = f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
-        shared = [
-            PlanPart("torch, transformers, peft", BASE_BYTES),
-            PlanPart("layer slots", slots * slot, note),
-        ]
-        if converted:
-            shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
+        weights, used = _forward_parts(teacher, slots, dtype, longest)
+        shared = [PlanPart("torch, transformers, peft", BASE_BYTES), *weights]
         if products:
             shared.append(PlanPart("products of each length", products, f"{lengths} lengths"))
-        forward = [
-            *shared,
-            PlanPart("activations of one example", activations, f"{longest} tokens"),
-            PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
-        ]
+        forward = [*shared, *used]
         ends = [
             *shared,
             PlanPart("head", head_bytes),
@@ -162,8 +147,9 @@ def make_align_plan(
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
         sweeps = [
-            (base, kept, *_forward_parts(model, slots, dtype, most))
+            (base, kept, *weights, *used)
             for model, dtype, most in zip(models, dtypes, longest, strict=True)
+            for weights, used in [_forward_parts(model, slots, dtype, most)]
         ]
         return tuple(max((heads, lens, alike, *sweeps), key=total_bytes))
 
@@ -187,22 +173,23 @@ def make_align_plan(
     )
 
 
-def _forward_parts(model: Model, slots: int, dtype: str, longest: int) -> list[PlanPart]:
-    """What one layer's forward pass holds."""
+def _forward_parts(
+    model: Model, slots: int, dtype: str, longest: int
+) -> tuple[list[PlanPart], list[PlanPart]]:
+    """What one layer's forward pass holds: weights, and what is made of a text."""
     layer = max(model.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
-    item, elements = DTYPE_BYTES[dtype], sum(p.elements for p in layer.values())
+    item = DTYPE_BYTES[dtype]
+    elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
     slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
     widths = sum(sum(p.shape) for p in layer.values() if len(p.shape) == 2)
     activations = longest * (widths + 8 * model.hidden_size) * item
-    mask = 2 * longest * longest * (item if is_eager(model) else 1)
-    converted = 0 if is_native(layer, dtype) else elements * item
-    return [
-        PlanPart("layer slots", slots * slot, f"{slots}, {'ahead' if slots > 1 else 'in turn'}"),
-        *([PlanPart("weights converted", converted, f"to {dtype}")] if converted else []),
-        PlanPart(
-            "activations of one text",
-            activations + attention_bytes(model, longest, item),
-            f"{longest} tokens",
-        ),
+    activations += attention_bytes(model, longest, item)
+    mask = 2 * longest * longest * (item if is_eager(model) else 1)  # sliding and full
+    ahead = f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
+    weights = [PlanPart("layer slots", slots * slot, ahead)]
+    if not is_native(layer, dtype):
+        weights.append(PlanPart("weights converted", elements * item, f"to {dtype}"))
+    return weights, [
+        PlanPart("activations of one text", activations, f"{longest} tokens"),
         PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
     ]
