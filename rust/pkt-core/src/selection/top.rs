@@ -79,6 +79,7 @@ mod tests {
 
     use super::super::matrix::tests::sample;
     use super::*;
+    use crate::cases;
 
     /// The `k` indices that no more than k - 1 others beat.
     fn reference(keys: &[u64], k: usize) -> Vec<usize> {
@@ -88,7 +89,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(1000))]
+        #![proptest_config(ProptestConfig::with_cases(cases(1000)))]
 
         #[test]
         fn top_rows_and_columns_are_beaten_by_fewer_than_k(sample in sample(), k in 0usize..13) {

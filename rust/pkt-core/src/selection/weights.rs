@@ -127,6 +127,7 @@ mod tests {
 
     use super::super::matrix::tests::{Sample, large, sample};
     use super::*;
+    use crate::cases;
     use crate::simd::every;
 
     /// The mask of the first `k` of a stable sort, largest first.
@@ -140,7 +141,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(500))]
+        #![proptest_config(ProptestConfig::with_cases(cases(500)))]
 
         #[test]
         fn top_weights_come_first_in_a_stable_sort(sample in sample(), share in 0.0..=1.0) {

@@ -142,6 +142,7 @@ mod tests {
 
     use super::super::matrix::tests::{Sample, large, sample};
     use super::*;
+    use crate::cases;
     use crate::simd::every;
 
     /// The best window by going through all of them.
@@ -177,7 +178,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #![proptest_config(ProptestConfig::with_cases(cases(4000)))]
 
         #[test]
         fn the_best_window_is_that_of_brute_force((sample, rows, columns) in fitting()) {
@@ -216,7 +217,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(ProptestConfig::with_cases(cases(40)))]
 
         #[test]
         fn the_number_of_threads_leaves_no_trace((sample, rows, columns) in fitting()) {
