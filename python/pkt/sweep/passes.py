@@ -37,6 +37,7 @@ from pkt.sweep.ends import Accumulate, column_scores
 from pkt.sweep.placement import Placement
 from pkt.sweep.skeleton import Skeleton
 from pkt.sweep.spool import DamagedError, Spool
+from pkt.sweep.taps import NoTap, Tap
 
 MOST_REMADE = 3  # times that one process makes a damaged file again
 GATHER_TOKENS = 1024  # embedding rows copied at once
@@ -98,6 +99,7 @@ class Sweep:
     notify: Notify = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
     intact: Callable[[Mapping[str, Any]], bool] = lambda record: True  #: its side files are sound
+    tap: Tap = field(default_factory=NoTap)  #: takes of the forward pass what sub-layers add
 
     def __post_init__(self) -> None:
         """Read the small parameters outside the layers: every phase needs them."""
@@ -254,13 +256,13 @@ class Sweep:
         ours = len(self._recorded(depth))
         common = depth - largest(depth - ours)
         for index in range(depth - ours, depth - common):
-            self.spool.forget(_record(index))
+            self.spool.forget(record_of(index))
 
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
         records: list[dict[str, Any]] = []
         for index in reversed(range(depth)):
-            record = self.spool.get(_record(index))
+            record = self.spool.get(record_of(index))
             if record is None or not self.intact(record):
                 break
             records.insert(0, record)
@@ -296,13 +298,14 @@ class Sweep:
     def _forward(self, index: int, weights: Weights) -> None:
         depth, at = len(self.skeleton.layers), index + 1
         synced = at % self.every == 0 or at == depth  # the others can be made from these
-        with self.spool.writer(boundary(at), synced=synced) as out:
+        with self.spool.writer(boundary(at), synced=synced) as out, self.tap.layer(index):
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
                 args, kwargs = self.calls.of(len(seed.tokens), index)
                 result = self._apply(index, weights, hidden, args, kwargs)
                 if not bool(torch.isfinite(result).all()):
                     raise self._bad_layer(index, weights, seed, "activation")
+                self.tap.take(number)
                 out.append(result[0])
 
     def _head(self, depth: int) -> None:
@@ -380,7 +383,7 @@ class Sweep:
                 self._finish_matrices(index, weights, captures, observer)
         if observer:
             record = observer.finish_layer(index)
-            self.spool.put(_record(index), record)
+            self.spool.put(record_of(index), record)
             self._records.insert(0, record)
             wait_for_all()  # one that was killed just before may have to begin this layer again
         self.spool.drop(upstream_of(index + 1))
@@ -464,5 +467,6 @@ def upstream_of(index: int) -> str:
     return f"upstream-{index:05d}"
 
 
-def _record(index: int) -> str:
+def record_of(index: int) -> str:
+    """Name of the spool's record of layer ``index``, swept backward."""
     return f"layer-{index:05d}"
