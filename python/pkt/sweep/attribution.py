@@ -50,7 +50,7 @@ class AttributionSweep(Sweep):
                 upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
                 args, kwargs = self.calls.of(len(seed.tokens), index)
                 leaf = hidden.requires_grad_()
-                result = self._apply(index, weights, leaf, args, kwargs)
+                result = self._apply(index, weights, leaf[None], args, kwargs)
                 if self._added == "block":
                     (gradient,) = torch.autograd.grad(result, leaf, upstream[None])
                     added, of_added = (result - leaf[None]).detach(), upstream[None]

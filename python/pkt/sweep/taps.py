@@ -171,10 +171,10 @@ class RowsTap:
                 self._open = None
 
     def take(self, number: int, row: int = 0) -> None:
-        """Append the positions of seed ``number``; seeds come in their order."""
+        """Write the positions of seed ``number``."""
         if self._open:
             caught, out = self._open
-            out.append(caught.added(self._which)[row][self._positions[number]])
+            out.write(number, caught.added(self._which)[row][self._positions[number]])
 
 
 def kept_rows(index: int) -> str:
