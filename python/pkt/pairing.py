@@ -70,6 +70,69 @@ def interpolated_pairs(teacher_layers: int, student_layers: int) -> tuple[LayerP
     return tuple(pairs)
 
 
+def attributed_pairs(
+    scores: Sequence[float], teacher_layers: int, student_layers: int
+) -> tuple[LayerPair, ...]:
+    """For each student layer k the teacher layer of highest score among ``ℓ_{k−1} + 1 … ℓ_k``.
+
+    ``ℓ_0 = 0``; of equal scores the lower layer, and ``ℓ_k`` itself where the range is empty.
+
+    Args:
+        scores: A of each teacher layer.
+        teacher_layers: L_T.
+        student_layers: L_S.
+
+    Raises:
+        IncompatibleError: the teacher has fewer layers than the student.
+
+    """
+    found, before = [], 0
+    for pair in floor_pairs(teacher_layers, student_layers):
+        within = range(before + 1, pair.teacher + 1)
+        best = max(within, key=lambda layer: (scores[layer - 1], -layer), default=pair.teacher)
+        found.append(LayerPair(best, pair.student))
+        before = pair.teacher
+    return tuple(found)
+
+
+def highest_layers(scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """The ``count`` layers of highest score, the highest first; of equal ones the lower layer."""
+    order = sorted(range(1, len(scores) + 1), key=lambda layer: (-scores[layer - 1], layer))
+    return tuple(order[:count])
+
+
+def span_starts(
+    pairs: Sequence[LayerPair], teacher_layers: int, student_layers: int
+) -> tuple[LayerPair | None, ...]:
+    """For each pair where the teacher's part of what student layer k adds begins.
+
+    The pair of student layer k − 1: the one among ``pairs`` or, where that layer has none, the
+    floor rule's, if it lies below. ``None``: before the first layer.
+
+    Raises:
+        UsageError: nothing lies between where a span begins and its end.
+
+    """
+    known = {pair.student: pair for pair in floor_pairs(teacher_layers, student_layers)}
+    known |= {pair.student: pair for pair in pairs}
+    named = {pair.student for pair in pairs}
+    found: list[LayerPair | None] = []
+    for pair in pairs:
+        start = known.get(pair.student - 1)
+        if start and start.student not in named and start.teacher >= pair.teacher:
+            lower = pair.teacher - 1
+            start = LayerPair(lower, start.student) if lower else None
+        if start and start.teacher + start.mix >= pair.teacher + pair.mix:
+            raise UsageError(
+                f"pairs {start.teacher}:{start.student} and {pair.teacher}:{pair.student}: "
+                f"expected a deeper teacher layer for the deeper student layer: the span between "
+                "them is empty",
+                "take other --pairs, or another --interface than span",
+            )
+        found.append(start)
+    return tuple(found)
+
+
 def given_pairs(text: str, teacher_layers: int, student_layers: int) -> tuple[LayerPair, ...]:
     """The pairs of ``T:S,T:S,…``, by student layer.
 

@@ -1,9 +1,11 @@
-"""What a teacher says at each answer token, on the disk, for a student to learn: its top logits.
+"""What a teacher says and thinks at each answer token, on the disk, for a student to learn.
 
 A folder of targets holds shards of whole rows, one row an answer token in the order of the data,
-and ``index.json`` that says which examples are where. Rows are exact: logits in float32 as they
-were computed, their log-sum-exp in float64; the tail that is left out is known by its probability.
-What only pads a vocabulary (rows beyond the tokenizer's) counts in neither.
+and ``index.json`` that says which examples are where. Both are of the position that predicts the
+token. Top logits are exact: float32 as they were computed, their log-sum-exp in float64; the tail
+that is left out is known by its probability. What only pads a vocabulary (rows beyond the
+tokenizer's) counts in neither. States are mapped to the student's width and rounded to one type,
+and have files of their own, for each student layer that is paired.
 
 =============  ======  ===============  ====================================================
 tensor         dtype   shape            content
@@ -11,14 +13,18 @@ tensor         dtype   shape            content
 ``logits``     F32     (rows, k)        the k largest, descending; of equal ones the lower id
 ``ids``        I32     (rows, k)        their tokens
 ``logsumexp``  F64     (rows,)          of the whole vocabulary, summed in float64
+``states``     BF16 …  (rows, D_S)      ``M a``, a the teacher's activation
 =============  ======  ===============  ====================================================
+
+Where the two models have different tokenizers there are no logits, and states only of those answer
+tokens before which both tokenizations of the text end together; the index lists them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +33,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pkt.errors import CheckpointError
-from pkt.records import TopLogits
+from pkt.errors import CheckpointError, IncompatibleError, PktError
+from pkt.records import LayerPair, TopLogits
 
 FOLDER = "targets"  # of the shards and their index, in the folder of a run
 INDEX = "index.json"
 SHARD_BYTES = 64 << 20  # a shard ends with the example that reaches it
 BLOCK_ELEMENTS = 1 << 20  # logits ranked and summed at once
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # states
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +53,50 @@ class Shard:
     rows: int  #: answer tokens
 
 
+@dataclass(frozen=True, slots=True)
+class StatesIndex:
+    """What ``index.json`` says of the states."""
+
+    interface: str  #: which activation: mlp, attn, block, hidden or span
+    map: str
+    dtype: str  #: key of `STORED`
+    width: int  #: D_S
+    pairs: tuple[LayerPair, ...]
+    aligned: tuple[tuple[int, ...], ...] | None = None  #: answer tokens with a row; None: all
+
+    def rows(self, answers: Sequence[int]) -> list[int]:
+        """Rows of each example."""
+        return list(answers) if self.aligned is None else [len(tokens) for tokens in self.aligned]
+
+    def layout(self, answers: Sequence[int], student_layer: int) -> list[Shard]:
+        """The shards of one student layer."""
+        each = self.width * STORED[self.dtype].itemsize
+        return _shards(f"states-{student_layer:05d}", self.rows(answers), each)
+
+
 def row_bytes(top_k: int) -> int:
     """Bytes that one answer token takes."""
     return 8 * top_k + 8
 
 
 def layout(answers: Sequence[int], top_k: int) -> list[Shard]:
-    """The shards of examples with these numbers of answer tokens: by their sizes alone."""
+    """The shards of examples with these numbers of answer tokens: by their sizes alone.
+
+    There are none where no logit is kept (k = 0).
+    """
+    return _shards("logits", answers, row_bytes(top_k)) if top_k else []
+
+
+def _shards(name: str, rows_of: Sequence[int], each: int) -> list[Shard]:
     runs: list[tuple[int, int, int]] = []
     first = rows = 0
-    for number, count in enumerate(answers):
+    for number, count in enumerate(rows_of):
         rows += count
-        if rows * row_bytes(top_k) >= SHARD_BYTES or number == len(answers) - 1:
+        if rows * each >= SHARD_BYTES or number == len(rows_of) - 1:
             runs.append((first, number + 1 - first, rows))
             first, rows = number + 1, 0
     return [
-        Shard(f"logits-{number:05d}-of-{len(runs):05d}.safetensors", *run)
+        Shard(f"{name}-{number:05d}-of-{len(runs):05d}.safetensors", *run)
         for number, run in enumerate(runs, 1)
     ]
 
@@ -110,17 +145,54 @@ def pack(parts: Iterable[TopLogits]) -> bytes:
     return data
 
 
-def index_text(shards: Sequence[tuple[Shard, str]], answers: Sequence[int], top_k: int) -> str:
+def stored_states(states: torch.Tensor, dtype: str) -> tuple[torch.Tensor, float]:
+    """States (n, D_S) as they are kept, and the largest relative error ‖x̃ − x‖ / ‖x‖ of a row.
+
+    Raises:
+        PktError: one is too large for the type.
+
+    """
+    kept = states.to(STORED[dtype])
+    if not bool(kept.isfinite().all()):
+        raise PktError(
+            f"a mapped state of {float(states.abs().max()):.3g} cannot be stored as {dtype}",
+            "take --states-dtype bfloat16 or float32",
+        )
+    lengths = states.double().norm(dim=-1)
+    errors = (kept.double() - states.double()).norm(dim=-1) / lengths.clamp_min(1e-300)
+    return kept, float(errors.max()) if len(errors) else 0.0
+
+
+def pack_states(parts: Sequence[torch.Tensor]) -> bytes:
+    """The rows of some examples as one safetensors file."""
+    data: bytes = save({"states": torch.cat(list(parts))}, metadata={"format": "pt"})
+    return data
+
+
+def index_text(
+    shards: Sequence[tuple[Shard, str]],
+    answers: Sequence[int],
+    top_k: int,
+    states: StatesIndex | None = None,
+    files: Sequence[tuple[int, Shard, str]] = (),
+) -> str:
     """``index.json``.
 
     Args:
-        shards: with the SHA-256 of each file.
+        shards: of logits, with the SHA-256 of each file.
         answers: answer tokens of each example.
-        top_k: k.
+        top_k: k; 0 where no logits are kept.
+        states: what the states are, if there are any.
+        files: student layer, shard and SHA-256 of each file of states.
 
     """
-    files = [{**asdict(shard), "sha256": digest} for shard, digest in shards]
-    found = {"format": 1, "top_k": top_k, "logits": files, "answers": list(answers)}
+    logits = [{**asdict(shard), "sha256": digest} for shard, digest in shards]
+    found = {"format": 1, "top_k": top_k, "logits": logits, "answers": list(answers)}
+    if states:
+        listed = [
+            {"student": layer, **asdict(shard), "sha256": digest} for layer, shard, digest in files
+        ]
+        found["states"] = {**asdict(states), "files": listed}
     return json.dumps(found) + "\n"
 
 
@@ -140,36 +212,134 @@ class Targets:
         try:
             text = path.read_bytes()
             index = json.loads(text)
-            self.top_k = int(index["top_k"])  #: k
-            self.answers = [int(count) for count in index["answers"]]  #: rows of each example
+            self.top_k = int(index["top_k"])  #: k; 0: there are no logits
+            self.answers = [int(count) for count in index["answers"]]  #: tokens of each example
             files = [(Shard(**_shard(entry)), str(entry["sha256"])) for entry in index["logits"]]
+            self._index, held = _states_of(index.get("states"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, f"{type(error).__name__} {error}") from error
         self.sha256 = hashlib.sha256(text).hexdigest()  #: of the index, which holds the shards'
         if [shard for shard, _ in files] != layout(self.answers, self.top_k):
             raise _damaged(path, "its shards are not those of its examples")
+        k = self.top_k
+        columns = {"logits": [k], "ids": [k], "logsumexp": []}
+        self._logits = _Rows(folder, files, self.answers, columns)
+        self._states: dict[int, _Rows] = {}
+        if self._index is None:
+            return
+        rows = self._index.rows(self.answers)
+        if len(rows) != len(self.answers) or not _within(self._index.aligned, self.answers):
+            raise _damaged(path, "its aligned answer tokens are not those of its examples")
+        for pair in self._index.pairs:
+            own = [(shard, digest) for layer, shard, digest in held if layer == pair.student]
+            if [shard for shard, _ in own] != self._index.layout(self.answers, pair.student):
+                raise _damaged(path, "its files of states are not those of its examples")
+            shape = {"states": [self._index.width]}
+            self._states[pair.student] = _Rows(folder, own, rows, shape)
+
+    @property
+    def pairs(self) -> tuple[LayerPair, ...]:
+        """The layers whose states are here, by student layer; empty: there are no states."""
+        return self._index.pairs if self._index else ()
+
+    @property
+    def interface(self) -> str | None:
+        """Which activation the states are: mlp, attn, block, hidden or span."""
+        return self._index.interface if self._index else None
+
+    @property
+    def map(self) -> str | None:
+        """What carried them over to the student."""
+        return self._index.map if self._index else None
+
+    def of(self, example: int) -> TopLogits:
+        """The logits of one example.
+
+        Raises:
+            IncompatibleError: there are none: they were written for another tokenizer.
+
+        """
+        if not self.top_k:
+            raise IncompatibleError(
+                "these targets hold no logits: teacher and student have different tokenizers",
+                "take --output-loss ce or cosine, or a teacher of the student's tokenizer",
+            )
+        return TopLogits(*(self._logits.read(example, n) for n in ("logits", "ids", "logsumexp")))
+
+    def states(self, example: int, student_layer: int) -> torch.Tensor:
+        """Mapped states (n, D_S) for one student layer, from 1, in the stored type.
+
+        Row i belongs to answer token ``aligned(example)[i]``: it is of the position before it.
+        """
+        return self._states[student_layer].read(example, "states")
+
+    def aligned(self, example: int) -> torch.Tensor:
+        """The answer tokens (n,) int64 of one example that have states, counted from its first."""
+        if self._index is None or self._index.aligned is None:
+            return torch.arange(self.answers[example])
+        return torch.tensor(self._index.aligned[example], dtype=torch.long)
+
+
+class _Rows:
+    """Some tensors whose rows lie, example after example, in several files."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[tuple[Shard, str]],
+        rows: Sequence[int],
+        columns: Mapping[str, Sequence[int]],
+    ) -> None:
+        self._rows = rows
         self._places: list[tuple[int, int]] = []  # shard and first row of each example
         self._files: list[Any] = []
         for number, (shard, digest) in enumerate(files):
-            self._files.append(_opened(folder / shard.file, shard, digest, self.top_k))
+            wanted = {name: [shard.rows, *rest] for name, rest in columns.items()}
+            self._files.append(_opened(folder / shard.file, digest, wanted))
             row = 0
-            for count in self.answers[shard.first : shard.first + shard.examples]:
+            for count in rows[shard.first : shard.first + shard.examples]:
                 self._places.append((number, row))
                 row += count
 
-    def of(self, example: int) -> TopLogits:
-        """The rows of one example."""
+    def read(self, example: int, name: str) -> torch.Tensor:
         number, row = self._places[example]
-        rows = slice(row, row + self.answers[example])
-        file = self._files[number]
-        return TopLogits(*(file.get_slice(n)[rows] for n in ("logits", "ids", "logsumexp")))
+        found: torch.Tensor = self._files[number].get_slice(name)[row : row + self._rows[example]]
+        return found
 
 
 def _shard(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "sha256"}
 
 
-def _opened(path: Path, shard: Shard, digest: str, top_k: int) -> Any:
+def _states_of(
+    held: dict[str, Any] | None,
+) -> tuple[StatesIndex | None, list[tuple[int, Shard, str]]]:
+    if held is None:
+        return None, []
+    aligned = held["aligned"]
+    found = StatesIndex(
+        interface=str(held["interface"]),
+        map=str(held["map"]),
+        dtype=str(held["dtype"]),
+        width=int(held["width"]),
+        pairs=tuple(LayerPair(**pair) for pair in held["pairs"]),
+        aligned=None if aligned is None else tuple(tuple(map(int, each)) for each in aligned),
+    )
+    if found.dtype not in STORED:
+        raise ValueError(f"dtype {found.dtype}")
+    files = []
+    for entry in held["files"]:
+        shard = {key: value for key, value in _shard(entry).items() if key != "student"}
+        files.append((int(entry["student"]), Shard(**shard), str(entry["sha256"])))
+    return found, files
+
+
+def _within(aligned: Sequence[Sequence[int]] | None, answers: Sequence[int]) -> bool:
+    pairs = zip(aligned or (), answers, strict=False)
+    return all(0 <= token < count for tokens, count in pairs for token in tokens)
+
+
+def _opened(path: Path, digest: str, wanted: Mapping[str, Sequence[int]]) -> Any:
     try:
         with path.open("rb") as raw:
             found = hashlib.file_digest(raw, "sha256").hexdigest()
@@ -181,8 +351,6 @@ def _opened(path: Path, shard: Shard, digest: str, top_k: int) -> Any:
         raise _damaged(path, error.strerror or str(error)) from error
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
-    rows = shard.rows
-    wanted = {"logits": [rows, top_k], "ids": [rows, top_k], "logsumexp": [rows]}
     if shapes != wanted:
         raise _damaged(path, f"expected shapes {wanted}, found {shapes}")
     return file

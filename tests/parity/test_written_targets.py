@@ -20,6 +20,7 @@ import pkt
 import runs
 import tiny
 from pkt.api import prepare_targets
+from pkt.batches import batches
 from pkt.errors import BudgetError, DataError, IncompatibleError, OutputError, UsageError
 from pkt.targets import FOLDER, Targets, row_bytes
 from test_extract import build_pair, write_seeds
@@ -294,3 +295,31 @@ def test_the_manifest_names_what_the_targets_are_of(pair: Path, tmp_path: Path) 
     }  # fmt: skip
     assert held["data"]["count"] == 7
     assert str(pair) not in json.dumps(held)
+
+
+def like_lengths(path: Path) -> None:
+    """Three texts that share a batch, one of them padded."""
+    words = ["fox", *["hill"] * 15]
+    lines = [json.dumps({"text": " ".join(words[:count])}) for count in (16, 15, 16)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_leaves_no_trace(family: str, tmp_path: Path) -> None:
+    build_pair(tmp_path, family, "llama")
+    like_lengths(tmp_path / "data.jsonl")
+    made = write(tmp_path, tmp_path / "out")
+    logits, _, counts = dense(tmp_path, tmp_path / "out")
+    assert len(set(counts)) > 1
+    assert len(batches([count + 1 for count in counts])) == 1
+    held = Targets(tmp_path / "out" / FOLDER)
+    total = torch.cat([held.of(number).logsumexp for number in range(len(counts))])
+    rows = made.manifest["vocabulary"]["rows"]
+    assert torch.allclose(total, logits[:, :rows].double().logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    build_pair(tmp_path, "gemma3", "llama", big={"use_bidirectional_attention": True})
+    like_lengths(tmp_path / "data.jsonl")
+    with pytest.raises(IncompatibleError, match="looks ahead of a position"):
+        write(tmp_path, tmp_path / "out")

@@ -23,7 +23,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def planned(teacher: Model, budget: int = 1 << 40, **options: Any) -> Plan:
-    settings: dict[str, Any] = {"dtype": "F32", "tokens": 5000, "longest": 200, "lengths": 9}
+    settings: dict[str, Any] = {"dtype": "F32", "tokens": 5000, "rows": 200, "shapes": 9}
     settings |= {"answers": 2000, "results": 10**6, "held": 10**5}
     return make_forward_plan(teacher, budget=(budget, "--max-ram"), **{**settings, **options})
 
@@ -47,15 +47,15 @@ def test_examples_cost_disk_and_only_the_longest_costs_memory(teacher: Model) ->
     assert more.read_bytes == base.read_bytes == teacher.checkpoint.bytes - 768 * 4  # less a norm
     assert more.spool_bytes == 2 * 10**7 * 768 * 4
     assert more.record_bytes == 10**9
-    assert planned(teacher, longest=20_000).peak_bytes > base.peak_bytes
+    assert planned(teacher, rows=20_000).peak_bytes > base.peak_bytes
     assert planned(teacher, held=10**9).peak_bytes > base.peak_bytes + 2 * 10**9
 
 
 def test_bfloat16_products_of_each_length_are_counted_as_far_as_they_are_kept(
     teacher: Model,
 ) -> None:
-    assert planned(teacher, lengths=500).peak_bytes == planned(teacher).peak_bytes  # of float32
-    few, many, more = (planned(teacher, dtype="BF16", lengths=n) for n in (9, 1000, 2000))
+    assert planned(teacher, shapes=500).peak_bytes == planned(teacher).peak_bytes  # of float32
+    few, many, more = (planned(teacher, dtype="BF16", shapes=n) for n in (9, 1000, 2000))
     assert few.peak_bytes < many.peak_bytes == more.peak_bytes
     assert many.peak_bytes - few.peak_bytes == (1024 - 9 * 6) * (640 << 10)
 

@@ -17,6 +17,7 @@ from pkt.api.extracting import (
     shared_rows,
 )
 from pkt.api.training import SPARE
+from pkt.batches import most_rows, shapes
 from pkt.config import load_aliases
 from pkt.errors import IncompatibleError, UsageError
 from pkt.models import Model, load_tokenizer, open_model, vocabulary_sha256
@@ -94,9 +95,10 @@ def prepare_targets(
         "template": samples.template, "max_tokens": max_tokens, "max_examples": max_examples,
     }  # fmt: skip
     results, held = _sizes(samples, config.top_k)
+    lengths = [len(sample.tokens) for sample in samples.samples]
     plan = make_forward_plan(
-        big, dtype=config.dtype, tokens=samples.tokens, longest=samples.longest,
-        lengths=len({len(sample.tokens) for sample in samples.samples}),
+        big, dtype=config.dtype, tokens=samples.tokens,
+        rows=most_rows(lengths), shapes=shapes(lengths),
         answers=samples.loss_tokens, results=results, held=held, budget=budget(max_ram),
         room=room(Path(output_dir), Path(spool_dir) if spool_dir else None),
     )  # fmt: skip

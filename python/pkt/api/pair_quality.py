@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkt.api.extracting import budget, check_device, compute_dtype, require_choice
+from pkt.batches import most_rows
 from pkt.config import MIB, format_bytes, load_aliases
 from pkt.errors import BudgetError, DataError, IncompatibleError, UsageError
 from pkt.models import Model, load_tokenizer, open_model
@@ -108,7 +109,7 @@ def prepare_alignment(
     place = Path(spool_dir or output_dir or tempfile.gettempdir())
     plan = make_align_plan(
         big, small, dtypes=dtypes, maps=len(names), tokens=(read[0].tokens, read[1].tokens),
-        longest=(read[0].longest, read[1].longest), states=STATES, lens_states=LENS_STATES,
+        rows=(_rows(read[0]), _rows(read[1])), states=STATES, lens_states=LENS_STATES,
         chunk_elements=CHUNK_ELEMENTS, budget=budget(max_ram),
         disk=(str(place), room(place, None).output_free),
     )  # fmt: skip
@@ -208,6 +209,10 @@ def _spelling(model: Model, tokenizer: Any) -> Spelling:
             "convert it with transformers' convert_slow_tokenizer",
         )
     return spelling(json.loads(backend.to_str()))
+
+
+def _rows(samples: SampleSet) -> int:
+    return most_rows([len(sample.tokens) for sample in samples.samples])
 
 
 def _texts(

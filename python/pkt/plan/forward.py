@@ -26,8 +26,8 @@ def make_forward_plan(
     *,
     dtype: str,
     tokens: int,
-    longest: int,
-    lengths: int,
+    rows: int,
+    shapes: int,
     answers: int,
     results: int,
     held: int,
@@ -40,8 +40,8 @@ def make_forward_plan(
         teacher: larger model.
         dtype: computed in, "F32" or "BF16".
         tokens: of all examples.
-        longest: tokens of the longest example.
-        lengths: number of different lengths that examples have.
+        rows: of the largest batch of examples, as `pkt.batches` has them.
+        shapes: number of different batches, by examples and rows.
         answers: answer tokens of all examples.
         results: bytes of the targets.
         held: bytes of them in memory at once, at most.
@@ -57,15 +57,17 @@ def make_forward_plan(
     matrices = [p for p in layer.values() if len(p.shape) == 2]
     head = teacher.head or teacher.embedding
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
-    # Of each length, those with the matrices of a layer, of its attention, and with the head.
+    # Of each shape, those with the matrices of a layer, of its attention, and with the head.
     kinds = len({piece.shape for piece in matrices}) + 2
-    products = min(MOST_PRODUCTS, lengths * kinds) * PRODUCT_BYTES if dtype == "BF16" else 0
+    products = min(MOST_PRODUCTS, shapes * kinds) * PRODUCT_BYTES if dtype == "BF16" else 0
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
-        weights, used = _forward_parts(teacher, slots, dtype, longest)
+        weights, used = _forward_parts(teacher, slots, dtype, rows)
         shared = [PlanPart("torch, transformers, peft", BASE_BYTES), *weights]
         if products:
-            shared.append(PlanPart("products of each length", products, f"{lengths} lengths"))
+            shared.append(
+                PlanPart("products of each shape", products, f"{shapes} shapes of a batch")
+            )
         forward = [*shared, *used]
         ends = [
             *shared,
@@ -105,7 +107,7 @@ def make_align_plan(
     dtypes: tuple[str, str],
     maps: int,
     tokens: tuple[int, int],
-    longest: tuple[int, int],
+    rows: tuple[int, int],
     states: int,
     lens_states: int,
     chunk_elements: int,
@@ -120,7 +122,7 @@ def make_align_plan(
         dtypes: computed in, "F32" or "BF16".
         maps: that are compared.
         tokens: of all texts.
-        longest: tokens of the longest text.
+        rows: of the largest batch of texts.
         states: most positions whose states are kept.
         lens_states: most states, of all layers together, whose logits are compared.
         chunk_elements: of a head, read at once.
@@ -148,7 +150,7 @@ def make_align_plan(
     def parts(slots: int) -> tuple[PlanPart, ...]:
         sweeps = [
             (base, kept, *weights, *used)
-            for model, dtype, most in zip(models, dtypes, longest, strict=True)
+            for model, dtype, most in zip(models, dtypes, rows, strict=True)
             for weights, used in [_forward_parts(model, slots, dtype, most)]
         ]
         return tuple(max((heads, lens, alike, *sweeps), key=total_bytes))
@@ -174,22 +176,22 @@ def make_align_plan(
 
 
 def _forward_parts(
-    model: Model, slots: int, dtype: str, longest: int
+    model: Model, slots: int, dtype: str, rows: int
 ) -> tuple[list[PlanPart], list[PlanPart]]:
-    """What one layer's forward pass holds: weights, and what is made of a text."""
+    """What one layer's forward pass holds: weights, and what is made of a batch."""
     layer = max(model.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
     item = DTYPE_BYTES[dtype]
     elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
     slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
     widths = sum(sum(p.shape) for p in layer.values() if len(p.shape) == 2)
-    activations = longest * (widths + 8 * model.hidden_size) * item
-    activations += attention_bytes(model, longest, item)
-    mask = 2 * longest * longest * (item if is_eager(model) else 1)  # sliding and full
+    activations = rows * (widths + 8 * model.hidden_size) * item
+    activations += attention_bytes(model, rows, item)
+    mask = 2 * rows * rows * (item if is_eager(model) else 1)  # sliding and full
     ahead = f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
     weights = [PlanPart("layer slots", slots * slot, ahead)]
     if not is_native(layer, dtype):
         weights.append(PlanPart("weights converted", elements * item, f"to {dtype}"))
     return weights, [
-        PlanPart("activations of one text", activations, f"{longest} tokens"),
+        PlanPart("activations of a batch", activations, f"{rows} tokens"),
         PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
     ]

@@ -1,21 +1,28 @@
 """One decoder layer at a time: the teacher's gradients from two readings, its logits from one."""
 
 from pkt.sweep.answers import answer_logits
+from pkt.sweep.attribution import AttributionSweep
 from pkt.sweep.passes import Observer, Source, Sweep, boundary
-from pkt.sweep.skeleton import Skeleton, build_skeleton
-from pkt.sweep.spool import Spool, disk_errors, durable
+from pkt.sweep.skeleton import Skeleton, attention_kinds, build_skeleton
+from pkt.sweep.spool import DamagedError, Spool, disk_errors, durable
 from pkt.sweep.states import StatesSweep
+from pkt.sweep.taps import RowsTap, kept_rows
 
 __all__ = [
+    "AttributionSweep",
+    "DamagedError",
     "Observer",
+    "RowsTap",
     "Skeleton",
     "Source",
     "Spool",
     "StatesSweep",
     "Sweep",
     "answer_logits",
+    "attention_kinds",
     "boundary",
     "build_skeleton",
     "disk_errors",
     "durable",
+    "kept_rows",
 ]

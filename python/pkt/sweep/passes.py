@@ -23,7 +23,9 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
+from pkt.batches import batches
 from pkt.checkpoint import Checkpoint, Piece
 from pkt.config import LOGIT_ELEMENTS
 from pkt.errors import OutputError, PktError
@@ -37,6 +39,7 @@ from pkt.sweep.ends import Accumulate, column_scores
 from pkt.sweep.placement import Placement
 from pkt.sweep.skeleton import Skeleton
 from pkt.sweep.spool import DamagedError, Spool
+from pkt.sweep.taps import NoTap, Tap
 
 MOST_REMADE = 3  # times that one process makes a damaged file again
 GATHER_TOKENS = 1024  # embedding rows copied at once
@@ -98,10 +101,15 @@ class Sweep:
     notify: Notify = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
     intact: Callable[[Mapping[str, Any]], bool] = lambda record: True  #: its side files are sound
+    batched: bool = False  #: forward, seeds of like length go through a layer together
+    tap: Tap = field(default_factory=NoTap)  #: takes of the forward pass what sub-layers add
 
     def __post_init__(self) -> None:
         """Read the small parameters outside the layers: every phase needs them."""
         self._records: list[dict[str, Any]] = []
+        lengths = [len(seed.tokens) for seed in self.seeds]
+        alone = [(number,) for number in range(len(lengths))]
+        self._together = batches(lengths) if self.batched else alone
         self._remade: Counter[str] = Counter()  # files that this process has found damaged
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
@@ -254,13 +262,13 @@ class Sweep:
         ours = len(self._recorded(depth))
         common = depth - largest(depth - ours)
         for index in range(depth - ours, depth - common):
-            self.spool.forget(_record(index))
+            self.spool.forget(record_of(index))
 
     def _recorded(self, depth: int) -> list[dict[str, Any]]:
         """Records of the layers that are done: an unbroken run down from the last layer."""
         records: list[dict[str, Any]] = []
         for index in reversed(range(depth)):
-            record = self.spool.get(_record(index))
+            record = self.spool.get(record_of(index))
             if record is None or not self.intact(record):
                 break
             records.insert(0, record)
@@ -296,14 +304,29 @@ class Sweep:
     def _forward(self, index: int, weights: Weights) -> None:
         depth, at = len(self.skeleton.layers), index + 1
         synced = at % self.every == 0 or at == depth  # the others can be made from these
-        with self.spool.writer(boundary(at), synced=synced) as out:
-            for number, seed in enumerate(self.seeds):
-                hidden = self.spool.read(boundary(index), number).to(self.device)
-                args, kwargs = self.calls.of(len(seed.tokens), index)
-                result = self._apply(index, weights, hidden, args, kwargs)
-                if not bool(torch.isfinite(result).all()):
-                    raise self._bad_layer(index, weights, seed, "activation")
-                out.append(result[0])
+        with self.spool.writer(boundary(at), synced=synced) as out, self.tap.layer(index):
+            for numbers in self._together:
+                blocks = [self.spool.read(boundary(index), number) for number in numbers]
+                rows = pad_sequence(blocks, batch_first=True).to(self.device)
+                args, kwargs = self.calls.of(rows.shape[1], index)
+                result = self._apply(index, weights, rows, args, kwargs)
+                if index == 0 and len(blocks[0]) < rows.shape[1]:
+                    self._require_causal(weights, blocks[0].to(self.device), result[0])
+                for row, number in enumerate(numbers):
+                    seed = self.seeds[number]
+                    block = result[row, : len(seed.tokens)]
+                    if not bool(torch.isfinite(block).all()):
+                        raise self._bad_layer(index, weights, seed, "activation")
+                    self.tap.take(number, row)
+                    out.write(number, block)
+
+    def _require_causal(self, weights: Weights, hidden: torch.Tensor, padded: torch.Tensor) -> None:
+        """Refuse a family in which what is behind a text changes its states."""
+        args, kwargs = self.calls.of(len(hidden), 0)
+        alone = self._apply(0, weights, hidden[None], args, kwargs)[0].float()
+        far = float((padded[: len(hidden)].float() - alone).abs().max())
+        if far > 0.05 * (1 + float(alone.abs().max())):
+            raise self.skeleton.tape.refusal("looks ahead of a position")
 
     def _head(self, depth: int) -> None:
         """Loss of each seed, and its gradient with respect to the last hidden state."""
@@ -362,7 +385,7 @@ class Sweep:
                 args, kwargs = self.calls.of(len(seed.tokens), index)
                 leaf = hidden.requires_grad_()
                 with captures.seed(number, weights):
-                    result = self._apply(index, live, leaf, args, kwargs)
+                    result = self._apply(index, live, leaf[None], args, kwargs)
                     wanted = [leaf, *(live[name] for name in others)]
                     gradients = torch.autograd.grad(
                         result, wanted, upstream[None], allow_unused=True
@@ -380,7 +403,7 @@ class Sweep:
                 self._finish_matrices(index, weights, captures, observer)
         if observer:
             record = observer.finish_layer(index)
-            self.spool.put(_record(index), record)
+            self.spool.put(record_of(index), record)
             self._records.insert(0, record)
             wait_for_all()  # one that was killed just before may have to begin this layer again
         self.spool.drop(upstream_of(index + 1))
@@ -406,10 +429,10 @@ class Sweep:
         if absent:
             raise self.skeleton.tape.refusal(f"has no weight for '{absent[0]}' of layer {index}")
         result = torch.func.functional_call(
-            layer, dict(weights), (hidden[None], *args), kwargs, tie_weights=False
+            layer, dict(weights), (hidden, *args), kwargs, tie_weights=False
         )
         result = result[0] if isinstance(result, tuple) else result
-        if not isinstance(result, torch.Tensor) or result.shape != (1, *hidden.shape):
+        if not isinstance(result, torch.Tensor) or result.shape != hidden.shape:
             raise self.skeleton.tape.refusal("has decoder layers that return no hidden state")
         if result.dtype != hidden.dtype:
             raise self.skeleton.tape.refusal(f"turns hidden states into {result.dtype}")
@@ -464,5 +487,6 @@ def upstream_of(index: int) -> str:
     return f"upstream-{index:05d}"
 
 
-def _record(index: int) -> str:
+def record_of(index: int) -> str:
+    """Name of the spool's record of layer ``index``, swept backward."""
     return f"layer-{index:05d}"

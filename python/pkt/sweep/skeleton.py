@@ -8,8 +8,9 @@ forward does more between its layers than pass one tensor along is refused.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,12 @@ def build_skeleton(
 
     """
     from accelerate import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    odd = (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError)
-    try:
+    with _understood(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    except odd as error:
-        reason = " ".join(str(error).split())[:200]
-        where = f"{folder}: transformers cannot build this model"
-        raise IncompatibleError(f"{where}: {reason}") from error
     model.eval().requires_grad_(False)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -214,6 +209,39 @@ def build_skeleton(
         padding_idx=padding_idx,
         tape=tape,
     )
+
+
+def attention_kinds(folder: Path, layers: int) -> tuple[str, ...]:
+    """The attention of each of a model's ``layers``, as transformers calls it.
+
+    Raises:
+        IncompatibleError: transformers does not understand its configuration.
+
+    """
+    from transformers import AutoConfig
+
+    with _understood(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    if listed := getattr(config, "layer_types", None):
+        return tuple(listed)
+    sliding = getattr(config, "sliding_window", None)
+    if sliding and getattr(config, "use_sliding_window", True):
+        return ("sliding_attention",) * layers
+    return ("full_attention",) * layers
+
+
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """Turn transformers' refusals of a configuration into one clear line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    odd = (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError)
+    try:
+        yield
+    except odd as error:
+        reason = " ".join(str(error).split())[:200]
+        where = f"{folder}: transformers cannot build this model"
+        raise IncompatibleError(f"{where}: {reason}") from error
 
 
 def _layer_stack(model: nn.Module, family: str, count: int) -> tuple[str, nn.ModuleList]:

@@ -70,17 +70,26 @@ def durable(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
 
 
 class SeedWriter:
-    """Appends each seed's block, and notes its checksum."""
+    """Writes each seed's block to its place, and notes its checksum."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sums: list[int] = []  #: CRC-32 of each block so far
+    def __init__(self, file: BinaryIO, starts: Sequence[int], row_bytes: int) -> None:
+        self._file, self._starts, self._row_bytes = file, starts, row_bytes
+        self._sums: dict[int, int] = {}  # CRC-32 of each block so far
 
     def append(self, block: torch.Tensor) -> None:
-        """Write one seed's (n, D) block."""
+        """Write the (n, D) block of the seed behind those that are written already."""
+        self.write(len(self._sums), block)
+
+    def write(self, seed: int, block: torch.Tensor) -> None:
+        """Write the (n, D) block of ``seed``; seeds may come in any order."""
         data = block.detach().contiguous().cpu().view(torch.uint8).numpy().data
-        self.sums.append(zlib.crc32(data))
+        self._sums[seed] = zlib.crc32(data)
+        self._file.seek(self._starts[seed] * self._row_bytes)
         self._file.write(data)
+
+    def sums(self) -> list[int]:
+        """Of all blocks, which must have been written."""
+        return [self._sums[seed] for seed in range(len(self._starts) - 1)]
 
 
 class Spool:
@@ -117,10 +126,11 @@ class Spool:
         A file that is not ``synced`` outlives the process, though perhaps not the system.
         """
         with durable(self._path(name), synced=synced) as file:
-            writer = SeedWriter(file)
+            writer = SeedWriter(file, self._starts, self.width * self.dtype.itemsize)
             yield writer
-        _write_record(self._sum_path(name), writer.sums, synced=synced)
-        self._sums[name] = writer.sums
+            sums = writer.sums()
+        _write_record(self._sum_path(name), sums, synced=synced)
+        self._sums[name] = sums
 
     def read(self, name: str, seed: int) -> torch.Tensor:
         """Block (n, D) of one seed.

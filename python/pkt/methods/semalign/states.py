@@ -12,7 +12,7 @@ from pkt.methods.semalign.task import DTYPES, Texts
 from pkt.models import Model
 from pkt.stream import PAGE, CheckpointSource
 from pkt.sweep import Spool, StatesSweep, boundary, build_skeleton
-from pkt.sweep.skeleton import Skeleton
+from pkt.sweep.skeleton import attention_kinds
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def sweep_states(
         source=source,
         device=place,
         whole_layer=False,
+        batched=True,
         chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
         every=model.layers + 1,
         notify=notify,
@@ -86,15 +87,4 @@ def sweep_states(
         source.close()
     counts = source.counts()
     read = counts["bytes"] + counts["bytes_out_of_turn"]
-    return States(states, model.layers, _kinds(skeleton), read)
-
-
-def _kinds(skeleton: Skeleton) -> tuple[str, ...]:
-    """The attention of each layer, as transformers calls it."""
-    config = skeleton.model.config
-    if listed := getattr(config, "layer_types", None):
-        return tuple(listed)
-    sliding = getattr(config, "sliding_window", None)
-    if sliding and getattr(config, "use_sliding_window", True):
-        return ("sliding_attention",) * len(skeleton.layers)
-    return ("full_attention",) * len(skeleton.layers)
+    return States(states, model.layers, attention_kinds(model.folder, model.layers), read)

@@ -106,6 +106,7 @@ def _sweep(
         source=source,
         device=source.device,
         whole_layer=True,
+        batched=True,
         chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
         notify=notify,
         seconds=costs.seconds,

@@ -1,0 +1,70 @@
+"""Which layers of a teacher the answer hangs on: gradient × activation, in two streamed passes.
+
+As `pkt.sweep.passes`, but only activations have gradients: no weight has a gradient buffer, and a
+layer's record is one number a seed. Of what a layer adds to the residual stream, a, and the answer
+loss L of a seed it is ``|Σ_{t,c} a ⊙ ∂L/∂a|`` over its tokens t and channels c.
+
+Source: Gu et al., arXiv 2510.24208.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+
+from pkt.processes import wait_for_all
+from pkt.sweep.passes import Observer, Sweep, Weights, boundary, record_of, upstream_of
+from pkt.sweep.taps import SubLayers
+
+Added = Literal["attn", "mlp", "block"]
+
+
+class AttributionSweep(Sweep):
+    """A `Sweep` whose backward pass attributes the loss to what layers add."""
+
+    def attribute(self, added: Added, *, absolute: bool = False) -> list[float]:
+        """A of each layer: the mean over seeds of ``|Σ_{t,c} a ⊙ ∂L/∂a|``, summed in float64.
+
+        A hidden state itself has no such number: it feeds norms that no scale changes, so its
+        signed sum is zero (Euler's theorem).
+
+        Args:
+            added: a: the output of a sub-layer as it is added, or ``h_out − h_in`` ("block"), whose
+                gradient is that of h_out.
+            absolute: the absolute value is taken of each element, before the sum.
+
+        Raises:
+            As `Sweep.run`.
+
+        """
+        self._added, self._absolute = added, absolute
+        _, records = self.run(cast("Observer", self))  # `_backward` itself observes
+        return [sum(record["seeds"]) / len(self.seeds) for record in records]
+
+    def _backward(self, index: int, weights: Weights, observer: Observer | None) -> None:
+        sums = []
+        with self.spool.writer(upstream_of(index)) as out, SubLayers(self.skeleton, index) as parts:
+            for number, seed in enumerate(self.seeds):
+                hidden = self.spool.read(boundary(index), number).to(self.device)
+                upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
+                args, kwargs = self.calls.of(len(seed.tokens), index)
+                leaf = hidden.requires_grad_()
+                result = self._apply(index, weights, leaf[None], args, kwargs)
+                if self._added == "block":
+                    (gradient,) = torch.autograd.grad(result, leaf, upstream[None])
+                    added, of_added = (result - leaf[None]).detach(), upstream[None]
+                else:
+                    added = parts.added(self._added)
+                    gradient, of_added = torch.autograd.grad(result, [leaf, added], upstream[None])
+                product = added.detach().double() * of_added.double()
+                sums.append(float((product.abs() if self._absolute else product).sum().abs()))
+                if not bool(gradient.isfinite().all()) or not sums[-1] < torch.inf:
+                    raise self._bad_layer(index, weights, seed, "gradient")
+                out.append(gradient)
+        if observer:
+            record: dict[str, Any] = {"seeds": sums}
+            self.spool.put(record_of(index), record)
+            self._records.insert(0, record)
+            wait_for_all()
+        self.spool.drop(upstream_of(index + 1))
