@@ -6,7 +6,7 @@ listens to teacher layer ``ℓ_k = max(1, ⌊k L_T / L_S⌋)``: the last to the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pkt.errors import IncompatibleError, UsageError
 from pkt.records import LayerPair
@@ -131,6 +131,56 @@ def span_starts(
             )
         found.append(start)
     return tuple(found)
+
+
+def sources(pair: LayerPair, interface: str, start: LayerPair | None = None) -> dict[int, float]:
+    """What a pair's target is the sum of: factors by boundary or, of sub-layers, by layer.
+
+    Boundary l lies behind layer l, 0 before the first: ``hidden`` is h_l, ``block``
+    ``h_l − h_{l−1}``, ``span`` ``h_l − h_l'``, ``mlp`` and ``attn`` what layer l's adds. Of a pair
+    with mix λ each is ``(1 − λ)`` times that of l and λ times that of ``l + 1``.
+
+    Args:
+        pair: of layers.
+        interface: mlp, attn, block, hidden or span.
+        start: of a span, as `span_starts` gives it; ``None``: before the first layer.
+
+    """
+    found: dict[int, float] = {}
+
+    def add(pair: LayerPair | None, factor: float, shift: int = 0) -> None:
+        mixed = [(0, 1.0)] if pair is None else [(0, 1 - pair.mix), (1, pair.mix)]
+        for step, share in mixed:
+            at = (pair.teacher if pair else 0) + step + shift
+            found[at] = found.get(at, 0.0) + factor * share
+
+    add(pair, 1.0)
+    if interface == "block":
+        add(pair, -1.0, shift=-1)
+    elif interface == "span":
+        add(start, -1.0)
+    return {at: factor for at, factor in sorted(found.items()) if factor}
+
+
+def most_kept(terms: Sequence[Mapping[int, float]], *, sub_layers: bool) -> int:
+    """The most sources whose states lie on the disk at once, of targets made as soon as they can.
+
+    Args:
+        terms: of each pair, as `sources` gives them.
+        sub_layers: whether what a layer adds is meant, which is kept even if used at once.
+
+    """
+    most = 0
+    for at in range(max(max(each) for each in terms) + 1):
+        live = {
+            source
+            for each in terms
+            for source in each
+            if max(each) >= at
+            and (source < at or (source == at and (sub_layers or max(each) > at)))
+        }
+        most = max(most, len(live))
+    return most
 
 
 def given_pairs(text: str, teacher_layers: int, student_layers: int) -> tuple[LayerPair, ...]:

@@ -89,7 +89,7 @@ def prepare_alignment(
         if name not in MAPS:
             raise UsageError(f"--map {name}: expected some of {', '.join(MAPS)}")
     tokenizers = [load_tokenizer(model) for model in (big, small)]
-    spelled = [_spelling(*each) for each in zip((big, small), tokenizers, strict=True)]
+    spelled = [spelling_of(*each) for each in zip((big, small), tokenizers, strict=True)]
     shared = shared_tokens(
         spelled[0], spelled[1], big.embedding.shape[0], small.embedding.shape[0],
         allow_low_coverage=allow_low_coverage,
@@ -199,7 +199,13 @@ def require_alignment_fit(plan: AlignPlan) -> None:
         )
 
 
-def _spelling(model: Model, tokenizer: Any) -> Spelling:
+def spelling_of(model: Model, tokenizer: Any) -> Spelling:
+    """What the tokens of a model's tokenizer stand for.
+
+    Raises:
+        IncompatibleError: it has no tokenizer.json.
+
+    """
     from pkt.vocabularies import spelling
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

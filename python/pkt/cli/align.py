@@ -1,4 +1,4 @@
-"""`pkt align --targets-only`: what the teacher says of the training data, in one pass over it."""
+"""`pkt align --targets-only`: what the teacher says and thinks of the training data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pkt import api
 from pkt.cli import options
 from pkt.cli.environment import aliases, processes, stay_offline
 from pkt.cli.options import Session
+from pkt.cli.pairing import pairing_table, ranking_table, states_rows
 from pkt.cli.progress import Progress
 from pkt.cli.tables import aligned, forward_plan_table, plan_json, recording_summary
 from pkt.errors import InterruptError, UsageError
@@ -26,7 +27,59 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path)
 _INPUTS = (
     "top_k", "template", "max_tokens", "max_examples", "dtype", "max_ram", "spool_dir",
-    "output_dir",
+    "output_dir", "states", "pairs", "critical", "interpolate", "pair_by", "interface", "map",
+    "states_dtype", "attribution", "attribution_examples", "fold_norm", "seed",
+    "allow_low_coverage",
+)  # fmt: skip
+
+
+_states = options.together(
+    click.option("--states", is_flag=True, help="Write mapped activations of the teacher too."),
+    click.option(
+        "--interface", type=click.Choice(["mlp", "attn", "block", "hidden", "span"]),
+        default="hidden", show_default=True,
+        help="Which activation: what a sub-layer adds, what the layer does, the state behind it, "
+        "or that less the state of the pair below.",
+    ),
+    click.option(
+        "--map", type=click.Choice(["cosine", "dual", "embedding", "random", "truncate"]),
+        default="dual", show_default=True, help="What carries them over to the student.",
+    ),
+    click.option(
+        "--pairs", metavar="T:S,…", help="Teacher and student layers, from 1; default: by a rule."
+    ),
+    click.option(
+        "--critical", type=click.IntRange(min=0), default=0, metavar="N",
+        help="Only the pairs that the N teacher layers of highest attribution lead to.",
+    ),
+    click.option("--interpolate", is_flag=True, help="States between two teacher layers."),
+    click.option(
+        "--pair-by", type=click.Choice(["floor", "attribution"]), default="floor",
+        show_default=True,
+        help="One teacher layer for each of the student's: evenly, or of each stretch between "
+        "these the one of highest attribution.",
+    ),
+    click.option(
+        "--attribution", type=click.Choice(["signed", "abs"]), default="signed", show_default=True,
+        help="Gradient times activation: absolute value of the sum, or of each element.",
+    ),
+    click.option(
+        "--attribution-examples", type=click.IntRange(min=1), default=32, show_default=True,
+        metavar="N", help="First rows that are attributed.",
+    ),
+    click.option(
+        "--states-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+        default="bfloat16", show_default=True, help="Activations are stored in.",
+    ),
+    click.option(
+        "--fold-norm/--no-fold-norm", default=True, show_default=True,
+        help="Whether the final norms belong to the heads that the map is made from.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of --map random."),
+    click.option(
+        "--allow-low-coverage", is_flag=True,
+        help="Accept vocabularies that share less than half of the smaller one.",
+    ),
 )  # fmt: skip
 
 
@@ -49,6 +102,7 @@ _INPUTS = (
     "--top-k", type=click.IntRange(min=0), default=api.TOP_K, show_default=True,
     help="Logits kept of each answer token; 0: those of the whole vocabulary.",
 )  # fmt: skip
+@_states
 @options.examples
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
@@ -71,12 +125,16 @@ _INPUTS = (
 @options.quiet
 @click.pass_obj
 def align(session: Session, /, **given: Any) -> None:
-    """Write the teacher's largest logits at every answer token of DATA.
+    """Write the teacher's largest logits at every answer token of DATA, and its activations.
 
     The teacher is read once, layer by layer, and need not fit in memory; the student, whose
     tokenizer must be the teacher's, then learns from OUT without it: pkt train --distill topk-kl
     --teacher-targets OUT, with the same DATA, --template, --max-tokens and --max-examples. An
     interrupted run is continued by the same command.
+
+    With --states the activations of paired layers are written too, mapped to the student's width.
+    Where the tokenizers differ these alone are, at places where both end together. Layers that are
+    chosen by attribution cost two more readings of the teacher, over the first examples.
     """
     needed = ["teacher", "student", "data", *([] if given["dry_run"] else ["output_dir"])]
     if missing := [name for name in needed if not given[name]]:
@@ -113,6 +171,8 @@ def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
             "plan": plan_json(task.plan),
             "data": {**identity["data"], "longest": task.samples.longest},
             "options": identity["options"],
+            "states": identity.get("states"),
+            "pairs": _known_pairs(task),
             "io": {"mode": reading.mode, "reason": reading.reason},
         }
         click.echo(json.dumps(found, indent=1))
@@ -147,7 +207,7 @@ def _perform(session: Session, task: Task, given: Mapping[str, Any]) -> Recordin
     try:
         made = api.execute_targets(
             task, folder, io=reading, device=given["device"], overwrite=given["overwrite"],
-            notify=notify,
+            notify=notify, paired=lambda rows: tell(f"\n{pairing_table(rows)}\n"),
         )  # fmt: skip
     except BaseException as error:
         if session.interrupts.received is None:
@@ -158,6 +218,8 @@ def _perform(session: Session, task: Task, given: Mapping[str, Any]) -> Recordin
     if made.run["io"] != reading.mode:
         tell(f"io: {reading.mode} was refused here; {made.run['io']} was used")
     tell("\n" + recording_summary(made))
+    if "attribution" in made.manifest:
+        tell(f"\n{ranking_table(made.manifest)}\n{made.folder / 'report' / 'index.html'}")
     return made
 
 
@@ -166,6 +228,8 @@ def _plan(task: Task, reading: Reading | None = None) -> str:
     data, config = task.samples, task.config
     left_out = f"; {len(data.masked)} left out" if data.masked else ""
     kept = f"{config.top_k} of {config.rows} logits of each, float32, {len(task.shards)} files"
+    if not config.top_k:
+        kept = "no logits: the tokenizers differ"
     rows = [
         (
             "examples",
@@ -174,17 +238,33 @@ def _plan(task: Task, reading: Reading | None = None) -> str:
         ),
         ("targets", kept),
     ]
-    return f"{aligned(rows)}\n{forward_plan_table(task.plan, reading)}"
+    pairs = _known_pairs(task)
+    if task.states:
+        rows += states_rows(task)
+    text = aligned(rows)
+    if pairs:
+        text += f"\n\n{pairing_table(pairs)}\n"
+    return f"{text}\n{forward_plan_table(task.plan, reading)}"
+
+
+def _known_pairs(task: Task) -> list[dict[str, Any]] | None:
+    """The pairs, where no attribution has to find them."""
+    from pkt.methods.targeting import pair_rows
+
+    if not task.states or task.states.pairs is None:
+        return None
+    return pair_rows(task, task.states.pairs)
 
 
 def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptError:
     """What an interrupted run leaves (by the sweep's file names), and how it is continued."""
     spool, depth = folder / WORK / "spool", task.teacher.layers
     inputs = [int(path.name[6:11]) for path in tensors_of(spool).glob("input-*.sum.json")]
-    written = len(list(spool.glob("logits-*.json")))
+    written = sum(len(list(spool.glob(f"{kind}-*.json"))) for kind in ("logits", "states"))
+    whole = "" if task.states else f"of {len(task.shards)} "
     return InterruptError(
         number,
-        f"interrupted; {max(inputs, default=0)} of {depth} layers and {written} of "
-        f"{len(task.shards)} files of targets are finished and kept in {folder / WORK}",
+        f"interrupted; {max(inputs, default=0)} of {depth} layers and {written} {whole}"
+        f"files of targets are finished and kept in {folder / WORK}",
         f"continue with: {shlex.join(['pkt', *session.arguments])}",
     )

@@ -17,6 +17,7 @@ from pkt.host import anonymous_bytes
 
 _UNITS = {
     "embed": "chunk", "head": "seed", "ends": "seed", "targets": "example", "maps": "map",
+    "states": "file",
 }  # fmt: skip
 _STREAMED = ("forward", "again", "backward", "teacher")
 

@@ -176,10 +176,18 @@ def recording_summary(made: Recording) -> str:
     slowest = sorted(run["seconds"].items(), key=lambda item: -item[1])
     phases = ", ".join(f"{name} {value:.1f}" for name, value in slowest if value >= 0.05)
     rate = run.get("gigabytes_per_second")
-    outside = f"{100 * manifest['tail']:.2g} % of the probability is outside of the "
-    rows = [
-        ("teacher's loss", f"{manifest['loss']:.4f} nats an answer token"),
-        ("tail", f"{outside}{manifest['options']['top_k']} tokens kept, as one bin"),
+    rows = []
+    if "tail" in manifest:
+        outside = f"{100 * manifest['tail']:.2g} % of the probability is outside of the "
+        rows = [
+            ("teacher's loss", f"{manifest['loss']:.4f} nats an answer token"),
+            ("tail", f"{outside}{manifest['options']['top_k']} tokens kept, as one bin"),
+        ]
+    if "pairs" in manifest:
+        count = f"{manifest['rows']} of {len(manifest['pairs'])} layers, {manifest['width']} wide"
+        kept = manifest["states"]["dtype"]
+        rows.append(("states", f"{count}; {kept} is off by {manifest['rounding']:.2g} at most"))
+    rows += [
         ("seconds", f"{sum(run['seconds'].values()):.1f}: {phases}"),
         (
             "read",

@@ -2,5 +2,13 @@
 
 from pkt.plan.extraction import make_plan
 from pkt.plan.forward import make_align_plan, make_forward_plan
+from pkt.plan.states import Attributed, Mapped, make_targets_plan
 
-__all__ = ["make_align_plan", "make_forward_plan", "make_plan"]
+__all__ = [
+    "Attributed",
+    "Mapped",
+    "make_align_plan",
+    "make_forward_plan",
+    "make_plan",
+    "make_targets_plan",
+]

@@ -33,6 +33,7 @@ def make_forward_plan(
     held: int,
     budget: tuple[int, str],
     room: Room | None = None,
+    logits: bool = True,
 ) -> Plan:
     """The plan of one pass forward, which leaves targets.
 
@@ -47,6 +48,7 @@ def make_forward_plan(
         held: bytes of them in memory at once, at most.
         budget: bytes allowed, and where that number comes from.
         room: what the disks have free; ``None``: enough.
+        logits: whether the head is used.
 
     Returns:
         the plan with read-ahead (two slots) if that fits, else with one slot.
@@ -69,12 +71,11 @@ def make_forward_plan(
                 PlanPart("products of each shape", products, f"{shapes} shapes of a batch")
             )
         forward = [*shared, *used]
-        ends = [
-            *shared,
-            PlanPart("head", head_bytes),
-            PlanPart("logits", LOGIT_ELEMENTS * (2 * item + 14)),
-            PlanPart("targets of one file", 3 * held, "as rows, joined, as bytes"),
-        ]
+        ends = [*shared]
+        if logits:
+            ends.append(PlanPart("head", head_bytes))
+            ends.append(PlanPart("logits", LOGIT_ELEMENTS * (2 * item + 14)))
+        ends.append(PlanPart("targets of one file", 3 * held, "as rows, joined, as bytes"))
         return tuple(max((forward, ends), key=total_bytes))
 
     sizes = {slots: total_bytes(parts(slots)) for slots in (2, 1)}
@@ -89,7 +90,7 @@ def make_forward_plan(
         smallest_bytes=-(-sizes[1] // MIB) * MIB,
         slots=slots,
         scores="layer",
-        read_bytes=read + head.bytes + teacher.embedding.bytes,
+        read_bytes=read + head.bytes * logits + teacher.embedding.bytes,
         spool_bytes=spool,
         record_bytes=results,
         adapter_bytes=0,

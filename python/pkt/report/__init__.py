@@ -19,12 +19,21 @@ import jinja2
 from pkt.errors import OutputError
 from pkt.records import Heat
 from pkt.report.alignment import write_alignment
+from pkt.report.attribution import ranking, write_attribution
 from pkt.report.comparison import write_comparison
 from pkt.report.curves import write_curves
 from pkt.report.overview import write_overview
 from pkt.report.pictures import draw, is_listed
 
-__all__ = ["write_alignment", "write_comparison", "write_curves", "write_overview", "write_report"]
+__all__ = [
+    "ranking",
+    "write_alignment",
+    "write_attribution",
+    "write_comparison",
+    "write_curves",
+    "write_overview",
+    "write_report",
+]
 
 _MAPS = "sensitivity_"  # what the names of pictures of scores begin with
 

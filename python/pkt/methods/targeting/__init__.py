@@ -1,33 +1,47 @@
-"""What a teacher says of the training data, written in one streamed pass over its weights.
+"""What a teacher says and thinks of the training data, written as it is streamed.
 
 A student then learns from a teacher that never was in memory: from its k largest logits at each
-answer token and the sum over all of them (`pkt.targets`). Every example goes through layer i before
-any meets layer i + 1, as in an extraction, so the teacher is read once, whatever the number of
-examples; only the hidden states before and behind the layer in use are on the disk.
+answer token and the sum over all of them, and from its activations, mapped to the student's width
+(`pkt.targets`). Every example goes through layer i before any meets layer i + 1, as in an
+extraction, so the teacher is read once, whatever the number of examples; only the hidden states
+before and behind the layer in use are on the disk, and of earlier ones the rows still needed. Where
+the layers are chosen by attribution it is read twice more, for a few examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pkt.host import Costs, PeakMeter, describe, one_thread
+from pkt.errors import OutputError
+from pkt.host import Costs, PeakMeter, describe, one_thread, release_free_memory
+from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
 from pkt.methods.targeting.shards import LogitShards
-from pkt.methods.targeting.task import DTYPES, Config, Task
+from pkt.methods.targeting.states import LostRowsError, StateShards
+from pkt.methods.targeting.task import DTYPES, Aligned, Attributing, Config, States, Task
 from pkt.output import MANIFEST, as_json, publish, run_folder
-from pkt.records import Reading, Recording
+from pkt.pairing import unlike_attention
+from pkt.records import LayerPair, Reading, Recording, Sample
+from pkt.semantics import save_map
 from pkt.stream import PAGE, CheckpointSource
-from pkt.sweep import Spool, Sweep, build_skeleton
-from pkt.targets import FOLDER
+from pkt.sweep import AttributionSweep, Spool, Sweep, build_skeleton, durable
+from pkt.targets import FOLDER, INDEX, index_text
 from pkt.workplace import tensor_folder
 
-__all__ = ["Config", "Task", "run"]
+__all__ = ["Aligned", "Attributing", "Config", "States", "Task", "pair_rows", "run"]
+
+MAPS = "maps"  # folder of M, in OUT
+MOST_REMADE = 3  # times that kept rows are made again
 
 Notify = Callable[[str, int, int], None]
+MakeMap = Callable[[Path], tuple[torch.Tensor, dict[str, Any]]]
 
 
 def run(
@@ -38,6 +52,8 @@ def run(
     device: str = "cpu",
     overwrite: bool = False,
     notify: Notify = lambda phase, done, total: None,
+    make_map: MakeMap | None = None,
+    paired: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> Recording:
     """Write the targets; the same call continues a run that was interrupted.
 
@@ -48,6 +64,9 @@ def run(
         device: "cpu" or "cuda".
         overwrite: replace what an earlier run of pkt left in OUT.
         notify: told of (phase, steps done, steps in all).
+        make_map: M (D_S, D_T) float32 of the pair, and what was found of both heads, JSON; maps
+            that lie in the folder it is given are used again. Needed where states are wanted.
+        paired: told of the pairs (`pair_rows`) where they follow from attribution.
 
     Raises:
         PktError: and its subclasses, see `pkt.errors`.
@@ -57,6 +76,7 @@ def run(
     dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
     weights = task.teacher.checkpoint.state()
     identity = {**task.identity(), "device": place.type, "weights": weights}
+    earlier, maps = _earlier(folder, weights) if task.states else (None, {})
     with (
         peak.running(),
         one_thread(task.teacher.small),
@@ -65,52 +85,240 @@ def run(
         records, staged = work / "spool", work / "result"
         for needed in (records, staged, staged / FOLDER):
             needed.mkdir(exist_ok=True)
-        spool = Spool(
-            records,
-            [len(sample.tokens) for sample in task.samples.samples],
-            task.teacher.hidden_size,
-            dtype,
-            tensor_folder(records, task.spool_dir),
-        )
         with costs.phase("skeleton"):
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
         source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, place)
+        about = _Sweeps(task, skeleton, source, notify, costs)
         try:
+            found: dict[str, Any] = {}
+            states: StateShards | None = None
+            spool = about.spool(records, task.texts)
+            if task.states:
+                # 1. The layers that the answers hang on, and the pairs; 2. the map between them.
+                pairs, found = _pairs(task, work, about, earlier)
+                if task.states.attributing:
+                    paired(pair_rows(task, pairs))
+                matrix, heads = _map(task, work, maps, make_map, costs)
+                found |= heads
+                states = StateShards(task, pairs, matrix, staged / FOLDER, spool)
             logits = LogitShards(task, staged / FOLDER, spool)
-            sweep = _sweep(task, skeleton, source, spool, notify, costs)
-            # 1. Every example through every layer; 2. from the last hidden states, the logits.
-            if not logits.finished:
-                sweep.forward({task.teacher.layers: lambda: logits.write(sweep)})
+            # 3. Every example through every layer, whose states are mapped as it is passed;
+            # 4. from the last hidden states, the logits.
+            about.forward(about.sweep(task.texts, spool), logits, states)
         finally:
             source.close()
-        found = {**task.identity(), **logits.close()}
-        record = _cost(task, source, io, costs, peak)
+        _write_index(task, staged / FOLDER / INDEX, logits, states)
+        found = {**task.identity(), **logits.means(), **_told(task, found, states)}
+        if states:
+            _stage(task, work, staged, found)
+        record = {**_cost(task, source, io, costs, peak), "weights": weights}
         publish(folder, staged, {"pkt_run.json": as_json(record), MANIFEST: as_json(found)})
     return Recording(folder, found, record)
 
 
-def _sweep(
+def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
+    """Each pair with the attention of both layers, JSON."""
+    theirs, ours = task.kinds
+    unlike = set(unlike_attention(pairs, theirs, ours))
+    return [
+        {
+            "teacher": pair.teacher,
+            "student": pair.student,
+            "mix": pair.mix,
+            "teacher_attention": theirs[pair.teacher - 1],
+            "student_attention": ours[pair.student - 1],
+            "unlike": pair in unlike,
+        }
+        for pair in pairs
+    ]
+
+
+class _Sweeps:
+    """Sweeps of one teacher, over the weights of one source."""
+
+    def __init__(
+        self,
+        task: Task,
+        skeleton: Any,
+        source: CheckpointSource,
+        notify: Notify,
+        costs: Costs,
+    ) -> None:
+        self._task, self._skeleton, self._source = task, skeleton, source
+        self._notify, self._costs = notify, costs
+
+    def spool(self, records: Path, texts: Sequence[Sample]) -> Spool:
+        return Spool(
+            records,
+            [len(text.tokens) for text in texts],
+            self._task.teacher.hidden_size,
+            DTYPES[self._task.config.dtype],
+            tensor_folder(records, self._task.spool_dir),
+        )
+
+    def sweep(self, texts: Sequence[Sample], spool: Spool) -> Sweep:
+        return Sweep(**self._parts(texts, spool), batched=True)
+
+    def attribution(self, texts: Sequence[Sample], records: Path) -> AttributionSweep:
+        spool = self.spool(records, texts)
+        return AttributionSweep(**self._parts(texts, spool), every=self._task.plan.spool_every)
+
+    def release(self) -> None:
+        """Give the memory of the layer slots back until the next sweep."""
+        self._source.close()
+        release_free_memory()
+
+    def forward(self, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
+        """One pass, from wherever the spool stands; what is found damaged is made again."""
+        depth, remade = self._task.teacher.layers, 0
+        while True:
+            wanted = states.wanted() if states else set()
+            if not logits.finished:
+                wanted.add(depth)
+            if not wanted:
+                return
+            if states:
+                states.tap(sweep)
+            visits = {index: partial(_visit, index, sweep, logits, states) for index in wanted}
+            try:
+                sweep.forward(visits)
+            except LostRowsError as lost:
+                remade += 1
+                if remade > MOST_REMADE or not states:
+                    raise OutputError(
+                        f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
+                        "the disk is unreliable: continue on another with --spool-dir",
+                    ) from lost
+                states.forget(lost.damage.name)
+
+    def _parts(self, texts: Sequence[Sample], spool: Spool) -> dict[str, Any]:
+        embedding = self._task.teacher.embedding
+        row_bytes = embedding.bytes // embedding.shape[0]
+        return {
+            "skeleton": self._skeleton,
+            "checkpoint": self._task.teacher.checkpoint,
+            "seeds": texts,
+            "spool": spool,
+            "source": self._source,
+            "device": self._source.device,
+            "whole_layer": True,
+            "chunk_rows": max(1, (self._source.slot_bytes - PAGE) // row_bytes),
+            "notify": self._notify,
+            "seconds": self._costs.seconds,
+        }
+
+
+def _visit(index: int, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
+    """What is left to do at one boundary."""
+    if states:
+        states.at(index, sweep)
+    if index == len(sweep.skeleton.layers) and not logits.finished:
+        logits.write(sweep)
+
+
+def _pairs(
+    task: Task, work: Path, sweeps: _Sweeps, earlier: Mapping[str, Any] | None
+) -> tuple[Sequence[LayerPair], dict[str, Any]]:
+    """The pairs, and what a manifest says of how they were found."""
+    assert task.states
+    if not task.states.attributing:
+        assert task.states.pairs is not None
+        return task.states.pairs, {}
+    made = attributed(task, work, sweeps.attribution, earlier)
+    sweeps.release()
+    pairs = task.states.pairs
+    if pairs is None:
+        pairs = chosen_pairs(task, made["scores"])
+    kept = {name: made[name] for name in ("examples", "loss", "scores")}
+    with durable(work / RESULT) as file:
+        file.write(as_json(made).encode())
+    return pairs, {"attribution": kept}
+
+
+def _map(
     task: Task,
-    skeleton: Any,
-    source: CheckpointSource,
-    spool: Spool,
-    notify: Notify,
+    work: Path,
+    held: Mapping[str, bytes],
+    make_map: MakeMap | None,
     costs: Costs,
-) -> Sweep:
-    row_bytes = task.teacher.embedding.bytes // task.teacher.embedding.shape[0]
-    return Sweep(
-        skeleton=skeleton,
-        checkpoint=task.teacher.checkpoint,
-        seeds=task.samples.samples,
-        spool=spool,
-        source=source,
-        device=source.device,
-        whole_layer=True,
-        batched=True,
-        chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
-        notify=notify,
-        seconds=costs.seconds,
-    )
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """M, made or taken from an earlier run, and what is to be known of the heads."""
+    assert make_map, "states are mapped"
+    assert task.states
+    folder = work / MAPS
+    folder.mkdir(exist_ok=True)
+    for name, data in held.items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(data)
+    with costs.phase("map"):
+        matrix, heads = make_map(folder)
+    path = folder / f"{task.states.map}.safetensors"
+    if not path.exists():  # it needs no head
+        save_map(path, matrix, {"map": task.states.map, "seed": task.states.seed}, {})
+    return matrix, {"heads": heads} if heads else {}
+
+
+def _told(task: Task, found: Mapping[str, Any], states: StateShards | None) -> dict[str, Any]:
+    """What the manifest says of the states."""
+    if states is None:
+        return {}
+    rows = sum(states.index.rows(task.answers))
+    told: dict[str, Any] = {
+        "pairs": pair_rows(task, states.index.pairs),
+        "rows": rows,
+        "width": states.index.width,
+        "rounding": states.rounding,
+        **found,
+    }
+    if task.shared and not task.shared.same:
+        told["coverage"] = {
+            "tokens": task.shared.coverage,
+            "answer_tokens": rows / sum(task.answers),
+        }
+    files = [MAPS, *([RESULT] if "attribution" in found else [])]
+    return {**told, "files": files}
+
+
+def _write_index(task: Task, path: Path, logits: LogitShards, states: StateShards | None) -> None:
+    shards = list(zip(task.shards, logits.digests(), strict=True))
+    text = index_text(
+        shards, task.answers, task.config.top_k,
+        states.index if states else None, states.files() if states else (),
+    )  # fmt: skip
+    with durable(path) as file:
+        file.write(text.encode())
+
+
+def _stage(task: Task, work: Path, staged: Path, found: Mapping[str, Any]) -> None:
+    """Map, attribution and report, where results are published from."""
+    assert task.states
+    (staged / MAPS).mkdir(exist_ok=True)
+    name = f"{task.states.map}.safetensors"
+    shutil.copyfile(work / MAPS / name, staged / MAPS / name)
+    if "attribution" in found:
+        from pkt.report import write_attribution  # matplotlib is loaded from here on
+
+        write_attribution(staged / "report", found)
+        shutil.copyfile(work / RESULT, staged / RESULT)
+
+
+def _earlier(
+    folder: Path, weights: Mapping[str, int]
+) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
+    """What a finished run left in OUT that may hold of this one too: attribution, maps."""
+    try:
+        run = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
+        same = run.get("weights") == dict(weights)
+        made = json.loads((folder / RESULT).read_text(encoding="utf-8")) if same else None
+    except (OSError, ValueError, AttributeError):
+        made = None
+    maps = {}
+    for path in sorted((folder / MAPS).glob("*.safetensors")):
+        try:
+            maps[path.name] = path.read_bytes()
+        except OSError:
+            continue
+    return made if isinstance(made, dict) else None, maps
 
 
 def _cost(

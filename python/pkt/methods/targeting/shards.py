@@ -13,7 +13,7 @@ import torch
 from pkt.methods.targeting.task import Task
 from pkt.records import TopLogits
 from pkt.sweep import Spool, Sweep, answer_logits, durable
-from pkt.targets import INDEX, Shard, index_text, pack, tail, top_logits
+from pkt.targets import Shard, pack, tail, top_logits
 
 Row = tuple[TopLogits, float, float]
 
@@ -33,7 +33,7 @@ class LogitShards:
         self.records: list[dict[str, Any]] = []
         for shard in task.shards:
             record = spool.get(_record(shard))
-            if record is None or not _intact(folder / shard.file, record):
+            if record is None or not intact(folder / shard.file, record):
                 break
             self.records.append(record)
 
@@ -63,17 +63,17 @@ class LogitShards:
             self._spool.put(_record(shard), record)
             self.records.append(record)
 
-    def close(self) -> dict[str, float]:
-        """Write the index; what the rows say of the teacher, as means over the answer tokens."""
-        task = self._task
-        answers = [sample.loss_tokens for sample in task.samples.samples]
-        digests = [str(record["sha256"]) for record in self.records]
-        text = index_text(list(zip(task.shards, digests, strict=True)), answers, task.config.top_k)
-        with durable(self._folder / INDEX) as file:
-            file.write(text.encode())
+    def digests(self) -> list[str]:
+        """The SHA-256 of each file."""
+        return [str(record["sha256"]) for record in self.records]
+
+    def means(self) -> dict[str, float]:
+        """What the rows say of the teacher, as means over the answer tokens."""
+        count = sum(self._task.answers)
         return {
-            name: sum(float(record[name]) for record in self.records) / sum(answers)
+            name: sum(float(record[name]) for record in self.records) / count
             for name in ("loss", "tail")
+            if self.records
         }
 
     def _rows(self, sweep: Sweep, first: int) -> Iterator[Row]:
@@ -101,7 +101,8 @@ def _record(shard: Shard) -> str:
     return shard.file.removesuffix(".safetensors")
 
 
-def _intact(path: Path, record: dict[str, Any]) -> bool:
+def intact(path: Path, record: dict[str, Any]) -> bool:
+    """Whether a file is the one that its record is of."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == str(record["sha256"])
