@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pkt.records import TopLogits
 from pkt.targets import top_logits
-from pkt.training import Distillation
+from pkt.training import Distillation, Said, Totals
 from pkt.training.loop import _Collate, _Trainer
 
 
@@ -50,7 +50,7 @@ def found(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = student.clone().requires_grad_()
     said = torch.zeros(len(student), dtype=torch.long) if tokens is None else tokens
-    loss = target.loss(leaf, said, target.columns([0]))
+    loss = target.loss(Said(leaf, said, target.columns([0]), [0], Totals(1)))["output"]
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
 
@@ -147,7 +147,7 @@ def test_prompt_and_padding_do_not_count() -> None:
     batch = _Collate(target)(list(enumerate(samples)))
     trainer = _Trainer.__new__(_Trainer)
     trainer.learn(target)
-    trainer._columns = batch.pop("columns")
+    trainer._columns, trainer._totals = batch.pop("columns"), Totals(4)
     logits = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(9)).requires_grad_()
     loss = trainer.compute_loss_func(SimpleNamespace(logits=logits), batch["labels"], 4)
     loss.backward()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pkt.errors import CheckpointError, DataError, IncompatibleError, UsageError
-from pkt.models import Model, vocabulary_sha256
+from pkt.models import Model, vocabulary, vocabulary_sha256
 from pkt.records import SampleSet
 
 LOSSES = ("topk-kl", "kl")
@@ -70,8 +70,38 @@ def open_teacher(
         DataError: the targets are of other data.
 
     """
-    from pkt.targets import FOLDER, Targets
     from pkt.training import Distillation
+
+    opened = open_targets(folder, student, samples, options)
+    targets, rows = opened.targets, opened.rows
+    if not targets.top_k:
+        raise no_logits(folder, f"--distill {distill}")
+    if distill == "kl" and targets.top_k < rows:
+        raise UsageError(
+            f"--distill kl: expected the logits of all {rows} tokens, found the {targets.top_k} "
+            f"largest in {folder}",
+            "take --distill topk-kl, or write targets with --top-k 0",
+        )
+    return Teacher(Distillation(targets.of, rows, weight), opened.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A folder of targets that are of this student and of these samples."""
+
+    targets: Any  #: `pkt.targets.Targets`
+    rows: int  #: tokens of the vocabulary, without rows that only pad it
+    origin: dict[str, Any]  #: what the manifest of a run says of them
+
+
+def open_targets(
+    folder: Path, student: Model, samples: SampleSet, options: Mapping[str, Any]
+) -> Opened:
+    """Open ``folder`` and see what it was written for; arguments and errors as of `open_teacher`.
+
+    Where it holds no logits, the vocabulary is the student's own.
+    """
+    from pkt.targets import FOLDER, Targets
 
     manifest = _manifest(folder)
     if manifest.get("method") != "targets":
@@ -80,34 +110,49 @@ def open_teacher(
             f"'{manifest.get('method')}'"
         )
     try:
-        rows, digest = int(manifest["vocabulary"]["rows"]), str(manifest["vocabulary"]["sha256"])
+        said = dict(manifest["vocabulary"])
         data, given = dict(manifest["data"]), dict(manifest["options"])
         teacher = dict(manifest["teacher"])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / "pkt_manifest.json", error) from error
-    found = vocabulary_sha256(student)
-    if found != digest or student.embedding.shape[0] < rows:
-        raise IncompatibleError(
-            f"--teacher-targets {folder}: written for a student of {rows} tokens with another "
-            f"tokenizer than that of {student.name}",
-            "write targets with this --student",
-        )
+    targets = Targets(folder / FOLDER)
+    rows = _vocabulary_rows(folder, said, student) if targets.top_k else _own_rows(student)
     if data.get("sha256") != samples.sha256:
         raise DataError(
             f"--teacher-targets {folder}: {_difference(data, given, samples, options)}",
             "give the --data and the options that the targets were written with, or write new ones",
         )
-    targets = Targets(folder / FOLDER)
     if targets.answers != [sample.loss_tokens for sample in samples.samples]:
         raise CheckpointError(f"{folder}: these targets are damaged: other examples than its data")
-    if distill == "kl" and targets.top_k < rows:
-        raise UsageError(
-            f"--distill kl: expected the logits of all {rows} tokens, found the {targets.top_k} "
-            f"largest in {folder}",
-            "take --distill topk-kl, or write targets with --top-k 0",
-        )
     origin = {"top_k": targets.top_k, "teacher": teacher, "sha256": targets.sha256}
-    return Teacher(Distillation(targets.of, rows, weight), origin)
+    return Opened(targets, rows, origin)
+
+
+def no_logits(folder: Path, option: str) -> IncompatibleError:
+    """The error for targets between two vocabularies, where logits are wanted."""
+    return IncompatibleError(
+        f"{option}: {folder} holds no logits: teacher and student have different tokenizers",
+        "take an objective without the KL, or a teacher of the student's tokenizer",
+    )
+
+
+def _vocabulary_rows(folder: Path, said: Mapping[str, Any], student: Model) -> int:
+    try:
+        rows, digest = int(said["rows"]), str(said["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / "pkt_manifest.json", error) from error
+    if vocabulary_sha256(student) != digest or student.embedding.shape[0] < rows:
+        raise IncompatibleError(
+            f"--teacher-targets {folder}: written for a student of {rows} tokens with another "
+            f"tokenizer than that of {student.name}",
+            "write targets with this --student",
+        )
+    return rows
+
+
+def _own_rows(student: Model) -> int:
+    tokens = vocabulary(student) or {}
+    return min(max(tokens.values(), default=-1) + 1, student.embedding.shape[0])
 
 
 def _difference(

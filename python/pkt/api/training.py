@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkt.api.distilling import open_teacher, require_pair
 from pkt.api.extracting import base_name, budget, check_device, compute_dtype, require_choice
+from pkt.api.supervising import EPOCHS, MODULES, choose_objective, open_supervisor
 from pkt.config import format_bytes, load_aliases
 from pkt.errors import BudgetError, CheckpointError, IncompatibleError, UsageError
 from pkt.models import Model, load_tokenizer, open_model
@@ -35,6 +36,7 @@ def prepare_training(
     rank: int | None = None,
     targets: Sequence[str] | None = None,
     embeddings: bool = False,
+    layers: str | Sequence[int] | None = None,
     dropout: float = 0.05,
     template: Template = "auto",
     max_tokens: int = 2048,
@@ -43,6 +45,9 @@ def prepare_training(
     distill: str | None = None,
     teacher_targets: str | Path | None = None,
     distill_weight: float = 1.0,
+    objective: str | None = None,
+    output_loss: str | None = None,
+    kl_weight: float | None = None,
     max_ram: str | None = None,
     processes: int = 1,
     aliases: Mapping[str, str] | None = None,
@@ -60,14 +65,21 @@ def prepare_training(
         rank: r; ``None``: the extraction's, or 16.
         targets: roles or module names that a control adapts; ``None`` for all.
         embeddings: whether a control adapts embedding and head too.
+        layers: student layers that a control adapts, from 1: "2,5" or numbers; ``None`` for all.
         dropout: of the trained half's input.
         template: how prompt and answer become one text.
         max_tokens: longer examples are cut.
         max_examples: the first so many rows are used; 0: all.
         dtype: of the student's weights: auto, float32 or bfloat16.
         distill: ``topk-kl`` or ``kl``: learn from a teacher's logits instead of the labels.
-        teacher_targets: folder of these logits, which `write_targets` wrote for this data.
+        teacher_targets: folder of these logits, which `write_targets` wrote for this data; for
+            ``objective``: with activations.
         distill_weight: of the divergence, at most 1; the rest is the labels' cross-entropy.
+        objective: ``v1``, ``v2``, ``acl`` or ``hidden-mse``: learn from a teacher's activations
+            (`pkt.training.alignment`). LoRA is then on the paired layers alone, by default on
+            their up, down, v and o, for 5 epochs.
+        output_loss: of v1 (by default ``cosine``) and hidden-mse (``ce``): cosine, ce or kl.
+        kl_weight: β, of the KL of v2 and of ``output_loss="kl"``; ``None``: 1.
         max_ram: budget such as "8GiB"; ``None`` asks the host.
         processes: that train together.
         aliases: table of aliases; ``None`` for the built-in one.
@@ -78,14 +90,27 @@ def prepare_training(
 
     """
     require_choice("template", template, Template)
-    require_pair(distill, teacher_targets, distill_weight)
+    choice = None
+    if objective is not None:
+        if distill is not None:
+            raise UsageError("--objective: not beside --distill", "take one of them")
+        choice = choose_objective(objective, output_loss, kl_weight, teacher_targets)
+        require_pair(None, None, distill_weight)
+        _require_paired(init, layers, embeddings)
+        targets = targets or MODULES
+        schedule = {"epochs": EPOCHS, **schedule}
+    else:
+        require_pair(distill, teacher_targets, distill_weight)
+        if output_loss is not None or kl_weight is not None:
+            given = "--output-loss" if output_loss is not None else "--kl-weight"
+            raise UsageError(f"{given}: not used without --objective")
     if schedule.get("eval_steps") and not eval_data:
         raise UsageError("--eval-steps: nothing is held out", "add --eval-data FILE.jsonl")
     model = open_model(student, load_aliases(None) if aliases is None else aliases, "student")
     from pkt.adapter import product_norm  # torch is loaded from here on
     from pkt.methods.tuning import Config, Task
     from pkt.methods.tuning.starts import Form
-    from pkt.training import Schedule
+    from pkt.training import Schedule, require_stages, steps_in_all
 
     form = _form(start, Form)
     found: Any = None
@@ -100,10 +125,13 @@ def prepare_training(
             scales, origin = _extraction(Path(norms_from), model, "--norms-from")
             norms = {name: product_norm(half) for name, half in scales.items()}
     else:
-        if targets or embeddings or norms_from:
-            given = "--targets" if targets else "--embeddings" if embeddings else "--norms-from"
+        refused = {
+            "--targets": targets, "--embeddings": embeddings, "--layers": layers,
+            "--norms-from": norms_from,
+        }  # fmt: skip
+        if odd := [name for name, value in refused.items() if value]:
             raise UsageError(
-                f"{given}: the extraction says what is adapted",
+                f"{odd[0]}: the extraction says what is adapted",
                 "leave it out, or take --init lora, pissa or gaussian",
             )
         found, origin = _extraction(Path(init), model, "--init")
@@ -111,6 +139,7 @@ def prepare_training(
         rank = held if rank is None else rank
         if rank > held:
             raise UsageError(f"--rank {rank}: the extraction {init} has rank {held}")
+    adapted = _layers(layers, model) if layers is not None else None
     tokenizer = load_tokenizer(model)
     options = {"template": template, "max_tokens": max_tokens, "positions": model.positions}
     read = _read(Path(data), tokenizer, limit=max_examples, spare=SPARE, **options)
@@ -119,18 +148,23 @@ def prepare_training(
     )
     computed = compute_dtype(model, dtype)
     _require_room(model, computed, budget(max_ram))
+    timed = _schedule(Schedule, schedule)
+    kept = {"template": read.template, "max_tokens": max_tokens, "max_examples": max_examples}
+    teacher: Any = None
+    if choice and teacher_targets:
+        teacher = open_supervisor(Path(teacher_targets), choice, model, read, kept)
+        adapted = teacher.layers
+        require_stages(
+            teacher.objective.stages, steps_in_all(len(read.samples), timed), processes
+        )  # fmt: skip
+    elif distill and teacher_targets:
+        teacher = open_teacher(Path(teacher_targets), distill, distill_weight, model, read, kept)
     config = Config(
         init=init if init in CONTROLS else "extracted", form=form, rank=rank or 16,
-        targets=tuple(targets) if targets else None, embeddings=embeddings, dropout=dropout,
-        dtype=computed, distill=distill, distill_weight=distill_weight,
-        schedule=_schedule(Schedule, schedule),
+        targets=tuple(targets) if targets else None, embeddings=embeddings, layers=adapted,
+        dropout=dropout, dtype=computed, distill=distill, distill_weight=distill_weight,
+        alignment=choice.options() if choice else None, schedule=timed,
     )  # fmt: skip
-    kept = {"template": read.template, "max_tokens": max_tokens, "max_examples": max_examples}
-    teacher = None
-    if distill and teacher_targets:
-        teacher = open_teacher(
-            Path(teacher_targets), distill, distill_weight, model, read, kept
-        )  # fmt: skip
     return Task(
         model, tokenizer, read, held_out, found, norms, origin, config, kept, base_name(model),
         processes, teacher.origin if teacher else None, teacher.objective if teacher else None,
@@ -214,6 +248,35 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     return device
+
+
+def _require_paired(init: str, layers: Any, embeddings: bool) -> None:
+    """Refuse options that would train more than the paired layers."""
+    if init not in CONTROLS:
+        raise UsageError(
+            f"--init {init}: an extraction is of all layers, an objective trains the paired ones",
+            "take --init lora, pissa or gaussian",
+        )
+    if layers is not None or embeddings:
+        given = "--embeddings" if embeddings else "--layers"
+        raise UsageError(f"{given}: an objective trains the layers that its targets pair")
+
+
+def _layers(given: str | Sequence[int], student: Model) -> tuple[int, ...]:
+    """Student layers from 1, ascending, each once."""
+    parts = given.split(",") if isinstance(given, str) else [str(layer) for layer in given]
+    found = set()
+    for part in parts:
+        if not (part.strip().isascii() and part.strip().isdigit()):
+            raise UsageError(
+                f"--layers {given}: expected layers counted from 1, found {part.strip()!r}",
+                "for example --layers 2,5",
+            )
+        layer = int(part)
+        if not 1 <= layer <= student.layers:
+            raise UsageError(f"--layers {layer}: expected 1 to {student.layers} of {student.name}")
+        found.add(layer)
+    return tuple(sorted(found))
 
 
 def _form(start: str, form: Any) -> Any:

@@ -33,7 +33,7 @@ _SCHEDULE = (
 _INPUTS = (
     "init", "norms_from", "eval_data", "start", "rank", "targets", "embeddings", "dropout",
     "template", "max_tokens", "max_examples", "dtype", "max_ram", "distill", "teacher_targets",
-    "distill_weight",
+    "distill_weight", "layers",
 )  # fmt: skip
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path)
@@ -100,6 +100,10 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--embeddings/--no-embeddings", default=False, help="A control adapts embedding and head too."
 )
+@click.option(
+    "--layers", metavar="K,…",
+    help="Student layers that a control adapts, counted from 1.  [default: all]",
+)  # fmt: skip
 @options.training_data
 @click.option("--autocast", is_flag=True, help="bfloat16 mixed precision (transformers' bf16).")
 @click.option(

@@ -21,11 +21,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from pkt.errors import DivergenceError, OutputError, PktError, UsageError
-from pkt.processes import any_process, wait_for_all
+from pkt.processes import any_process, sum_over_processes, wait_for_all
 from pkt.records import Sample
+from pkt.training.activations import Activations, Readout, watching
 from pkt.training.checkpoints import mark_complete, newest_complete
 from pkt.training.injection import ADAPTER
-from pkt.training.objective import Objective
+from pkt.training.objective import Columns, Objective, Said, Totals
+from pkt.training.stages import Stages, require_stages, train_only
 
 Metrics = Mapping[str, float]
 Notify = Callable[[int, int, Metrics], None]
@@ -33,7 +35,9 @@ HeldOut = Callable[[Any], float]
 
 Example = tuple[int, Sample]
 
-COLUMNS = "columns"  # of a batch: what the objective needs beside its tokens
+COLUMNS = "columns"  # of a batch: what the objective needs beside its tokens, and
+EXAMPLES = "examples"  # which training examples it is made of
+PARTS = ("layer_loss", "output_loss")
 IGNORED = -100  # the label of a token that does not count, torch's and transformers' convention
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
@@ -84,13 +88,18 @@ def fit(
         save_steps: steps between checkpoints; 0: one about every five minutes.
 
     Returns:
-        metrics by step: ``loss`` (nats a token, mean over the step's answer tokens),
-        ``grad_norm``, ``learning_rate``, and ``eval_loss`` where it was measured.
+        metrics by step: ``loss`` (nats a token, mean over the step's answer tokens; or what the
+        objective makes of it, then with its parts ``layer_loss`` and ``output_loss``, and with
+        ``layer``, the frontier), ``grad_norm``, ``learning_rate``, and ``eval_loss`` where it was
+        measured.
 
     Raises:
         DivergenceError: the loss is NaN or infinite.
+        IncompatibleError: the model lacks a place whose activations the objective needs.
         OutputError: a checkpoint cannot be written.
         PktError: no parameter asks for gradients.
+        UsageError: layers cannot be trained one after another in so few steps or by several
+            processes.
 
     """
     if not any(p.requires_grad for p in model.parameters()):
@@ -108,14 +117,17 @@ def fit(
     )
     trainer.held_out, trainer.lr_ratio = held_out, schedule.lr_ratio
     if objective:
-        trainer.learn(objective)
+        steps = steps_in_all(len(samples), schedule)
+        require_stages(objective.stages, steps, arguments.world_size)
+        stages = Stages(objective.stages, steps, schedule.warmup) if objective.stages else None
+        trainer.learn(objective.ready(model, samples), stages)
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # mixed precision ends here
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
-    kept = ("loss", "grad_norm", "learning_rate", "eval_loss")
+    kept = ("loss", *PARTS, "layer", "grad_norm", "learning_rate", "eval_loss")
     return [
         {"step": entry["step"], "epoch": entry["epoch"]} | {k: entry[k] for k in kept if k in entry}
         for entry in trainer.state.log_history
@@ -138,22 +150,87 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     control: Any
     optimizer: Any
     compute_loss_func: Any
+    lr_scheduler: Any
 
-    def learn(self, objective: Objective) -> None:
-        """Make ``objective`` small instead of the model's own loss: a mean over answer tokens."""
+    _objective: Objective | None = None
+    _stages: Stages | None = None
+    _readout: Readout | None = None
+    _columns: Columns
+    _totals: Totals
+    _seen: Activations
+    _frontier: int | None = None
+    _parts: dict[str, torch.Tensor]
+
+    def learn(self, objective: Objective, stages: Stages | None = None) -> None:
+        """Make ``objective`` small instead of the model's own loss."""
+        self._objective, self._stages, self._parts = objective, stages, {}
+        if objective.reads_out:
+            self._readout = Readout(self.model)
 
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
             counted = labels[:, 1:] != IGNORED
-            tokens = labels[:, 1:][counted]
-            total = objective.loss(outputs.logits[:, :-1][counted], tokens, self._columns)
-            mean: torch.Tensor = total / num_items_in_batch  # of the step, over all processes
-            return mean
+            said = Said(
+                logits=outputs.logits[:, :-1][counted],
+                tokens=labels[:, 1:][counted],
+                columns=self._columns,
+                examples=self._columns[EXAMPLES].tolist(),
+                totals=self._totals,
+                frontier=self._frontier,
+                activation=lambda view: self._seen.of(view, counted),
+                readout=self._readout,
+            )
+            parts = objective.loss(said)
+            for name, part in parts.items():
+                held = self._parts.get(f"{name}_loss", 0.0)
+                self._parts[f"{name}_loss"] = held + part.detach().double()
+            shares: torch.Tensor = sum(parts.values())  # type: ignore[assignment]
+            return shares
 
         self.compute_loss_func = loss
 
+    def get_batch_samples(self, *given: Any, **named: Any) -> Any:
+        """Also: what the step counts, over all its micro-batches and processes."""
+        batches, tokens = super().get_batch_samples(*given, **named)
+        if self._objective:
+            examples = [n for batch in batches for n in batch[COLUMNS][EXAMPLES].tolist()]
+            rows = [self._objective.rows(example) for example in examples]
+            counts = [float(sum(rows)), float(sum(count >= 2 for count in rows))]
+            self._totals = Totals(tokens, *sum_over_processes(counts, self.args.device))
+        return batches, tokens
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
-        self._columns = inputs.pop(COLUMNS, {})  # no business of the model's
-        return super().compute_loss(model, inputs, *given, **named)
+        if self._objective is None:
+            return super().compute_loss(model, inputs, *given, **named)
+        self._columns = inputs.pop(COLUMNS)  # no business of the model's
+        if self._stages:
+            frontier = self._stages.frontier(self.state.global_step)
+            if frontier != self._frontier:
+                train_only(self.model, frontier)
+                self._frontier = frontier
+        with watching(self.model, self._objective.views(self._frontier)) as self._seen:
+            found = super().compute_loss(model, inputs, *given, **named)
+        del self._seen  # the graph of what was seen goes with the loss
+        return found
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self._stages and self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer, self._stages.rate
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
+        if "loss" in logs and self._objective and self._objective.views(None):
+            names = list(self._parts)
+            sums = [float(part) for part in self._parts.values()]
+            shared = sum_over_processes(sums, self.args.device)
+            logs |= dict(zip(names, shared, strict=True))
+            if self._frontier is not None:
+                logs["layer"] = self._frontier
+        if "loss" in logs:
+            self._parts = {}
+        super().log(logs, *given, **named)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         assert self.held_out is not None
@@ -266,7 +343,10 @@ class _Collate:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         batch: dict[str, Any] = {**_pad([sample for _, sample in examples])}
         if self._objective:
-            batch[COLUMNS] = self._objective.columns([number for number, _ in examples])
+            numbers = [number for number, _ in examples]
+            batch[COLUMNS] = {
+                **self._objective.columns(numbers), EXAMPLES: torch.tensor(numbers)
+            }  # fmt: skip
         return batch
 
 

@@ -15,24 +15,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
-from pkt.records import TopLogits
+from pkt.records import Sample, TopLogits
+from pkt.training.activations import View
 
 Columns = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a whole optimizer step counts, over all its micro-batches and processes."""
+
+    tokens: float  #: answer tokens
+    rows: float = 0.0  #: of them, those that the objective has an activation for
+    samples: float = 0.0  #: samples with two such tokens or more
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the student makes of a micro-batch, at the positions that predict its n answer tokens.
+
+    Rows go sample by sample, and within a sample as the tokens do.
+    """
+
+    logits: torch.Tensor  #: (n, V)
+    tokens: torch.Tensor  #: (n,), the answer tokens
+    columns: Columns  #: what the objective gave the batch
+    examples: Sequence[int]  #: which training example each sample is
+    totals: Totals
+    frontier: int | None = None  #: the student layer that is trained now; None: all are
+    activation: Callable[[View], torch.Tensor] | None = None  #: (n, D) float32 of an asked view
+    readout: Callable[[torch.Tensor], torch.Tensor] | None = None  #: head(norm(h)), float32
 
 
 class Objective(Protocol):
     """The loss of a training run."""
 
+    stages: tuple[int, ...]
+    """Student layers, from 1, each the frontier for its share of the steps; empty: all at once."""
+
+    reads_out: bool
+    """Whether it needs `Said.readout`."""
+
+    def ready(self, model: Any, samples: Sequence[Sample]) -> Objective:
+        """Itself, with what it has to measure on the model at step 0; or an `IncompatibleError`."""
+
+    def views(self, frontier: int | None) -> tuple[View, ...]:
+        """The student's activations that it needs."""
+
+    def rows(self, example: int) -> int:
+        """Answer tokens of a training example that it has an activation for."""
+
     def columns(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
         """What it needs of these training examples beside their tokens, as a batch."""
 
-    def loss(self, logits: torch.Tensor, tokens: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """Σ over the answer tokens of a batch: logits (n, V) that predict ``tokens`` (n,)."""
+    def loss(self, said: Said) -> dict[str, torch.Tensor]:
+        """A micro-batch's share of the step's loss, by part; their sum is made small."""
+
+
+def log_bins(rows: Sequence[TopLogits]) -> dict[str, torch.Tensor]:
+    """The teacher's rows, one after another: ids (n, k), and log p (n, k + 1), the tail's last."""
+    ids = torch.cat([row.ids for row in rows]).long()
+    logits = torch.cat([row.logits for row in rows]).double()
+    logs = logits - torch.cat([row.logsumexp for row in rows])[:, None]
+    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(0).log()
+    return {"teacher_ids": ids, "teacher_logs": torch.cat([logs, rest], dim=-1).float()}
 
 
 @dataclass(frozen=True)
@@ -49,26 +100,35 @@ class Distillation:
     targets: Callable[[int], TopLogits]
     vocabulary: int
     weight: float = 1.0
+    stages: tuple[int, ...] = ()
+    reads_out: bool = False
+
+    def ready(self, model: Any, samples: Sequence[Sample]) -> Distillation:
+        """Nothing is measured."""
+        return self
+
+    def views(self, frontier: int | None) -> tuple[View, ...]:
+        """None: it looks at logits alone."""
+        return ()
+
+    def rows(self, example: int) -> int:
+        """None."""
+        return 0
 
     def columns(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The teacher's rows of these examples, one after another: log p (n, k + 1) and ids."""
-        rows = [self.targets(example) for example in examples]
-        ids = torch.cat([row.ids for row in rows]).long()
-        logits = torch.cat([row.logits for row in rows]).double()
-        logs = logits - torch.cat([row.logsumexp for row in rows])[:, None]
-        rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(0).log()
-        return {"teacher_ids": ids, "teacher_logs": torch.cat([logs, rest], dim=-1).float()}
+        """The teacher's rows of these examples, see `log_bins`."""
+        return log_bins([self.targets(example) for example in examples])
 
-    def loss(self, logits: torch.Tensor, tokens: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """Σ over the answer tokens; computed in float32."""
-        logits = logits.float()
+    def loss(self, said: Said) -> dict[str, torch.Tensor]:
+        """Mean over the answer tokens of the step; computed in float32."""
+        logits, columns = said.logits.float(), said.columns
         total = self.weight * divergence(
             logits[:, : self.vocabulary], columns["teacher_ids"], columns["teacher_logs"]
         )
         if self.weight < 1:
-            labels = functional.cross_entropy(logits, tokens, reduction="sum")
+            labels = functional.cross_entropy(logits, said.tokens, reduction="sum")
             total = total + (1 - self.weight) * labels
-        return total
+        return {"output": total / said.totals.tokens}
 
 
 def divergence(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

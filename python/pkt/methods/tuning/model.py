@@ -16,7 +16,7 @@ from pkt.methods.tuning.task import Task
 from pkt.projections import wanted_modules
 from pkt.records import LowRank
 
-_LAYER = re.compile(r"^.+?\.\d+\.(?P<suffix>.+)$")
+_LAYER = re.compile(r"^.+?\.(?P<index>\d+)\.(?P<suffix>.+)$")
 
 
 def load_student(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -77,6 +77,7 @@ def _modules(task: Task, model: Any) -> list[str]:
         if isinstance(module, nn.Linear)
         and (found := _LAYER.match(name))
         and found["suffix"] in wanted
+        and (config.layers is None or int(found["index"]) + 1 in config.layers)
     ]
     if config.embeddings:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())

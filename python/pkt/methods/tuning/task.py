@@ -26,10 +26,12 @@ class Config:
     rank: int = 16
     targets: tuple[str, ...] | None = None  #: of lora, pissa and gaussian; None: all projections
     embeddings: bool = False  #: of the same: embedding and head too
+    layers: tuple[int, ...] | None = None  #: of the same, from 1; None: all of the student's
     dropout: float = 0.05
     dtype: str = "BF16"  #: of the student's weights: "F32" or "BF16"
     distill: str | None = None  #: "topk-kl" or "kl": learn from a teacher's logits
     distill_weight: float = 1.0  #: of the divergence; the rest is the labels' cross-entropy
+    alignment: Mapping[str, Any] | None = None  #: objective, interface, output_loss, kl_weight
     schedule: Schedule = field(default_factory=Schedule)
 
 
@@ -48,13 +50,16 @@ class Task:
     data_options: Mapping[str, Any]  #: template, max_tokens, max_examples
     base_model: str  #: the student as the user named it, for the adapter and its card
     processes: int = 1
-    teacher: Mapping[str, Any] | None = None  #: hashes of it and of its targets, if it is distilled
+    teacher: Mapping[str, Any] | None = None  #: of it and of its targets, if it teaches
     objective: Objective | None = None  #: the loss that these targets make; None: the labels'
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""
         config, schedule = self.config, asdict(self.config.schedule)
-        distill = {"distill": config.distill, "distill_weight": config.distill_weight}
+        chosen: dict[str, Any] = {"layers": list(config.layers)} if config.layers else {}
+        if config.distill:
+            chosen |= {"distill": config.distill, "distill_weight": config.distill_weight}
+        chosen |= config.alignment or {}
         return {
             "format": 1,
             "pkt": pkt.__version__,
@@ -75,7 +80,7 @@ class Task:
                 "embeddings": config.embeddings,
                 "dropout": config.dropout,
                 "dtype": config.dtype,
-                **(distill if config.distill else {}),
+                **chosen,
                 **schedule,
                 **self.data_options,
             },
