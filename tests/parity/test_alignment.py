@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
 from commands import write_seeds
-from pkt.api import prepare_alignment
+from pkt.api import prepare_quality
 from pkt.methods.semalign import QualityTask, run_quality
 from pkt.methods.semalign.heads import open_heads, pair_maps
 
@@ -38,7 +38,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def prepared(pair: Any, **options: Any) -> QualityTask:
     folder, seeds = pair
-    return prepare_alignment(
+    return prepare_quality(
         str(folder / "teacher"), str(folder / "student"), seeds=seeds, dtype="float32", **options
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from pkt.api import prepare_alignment
+from pkt.api import prepare_quality
 from pkt.errors import OutputError
 from pkt.methods.semalign.heads import open_heads, pair_maps
 from pkt.semantics import load_map, save_map
@@ -73,7 +73,7 @@ def test_maps_are_used_again_until_a_head_changes(tmp_path: Path) -> None:
         tiny.write_tokenizer(tmp_path / size, 128)
 
     def made(**options: Any) -> Any:
-        task = prepare_alignment(str(models["teacher"]), str(models["student"]))
+        task = prepare_quality(str(models["teacher"]), str(models["student"]))
         opened = partial(open_heads, task.teacher, task.student, task.shared)
         return pair_maps(("cosine", "dual", "random"), opened(**options), opened, tmp_path / "maps")
 

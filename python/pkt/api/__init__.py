@@ -7,6 +7,7 @@ from pkt.api.aligning import (
     prepare_targets,
     write_targets,
 )
+from pkt.api.alignment import Aligning, align, beside, prepare_align
 from pkt.api.device import free_device_bytes, require_device_fit
 from pkt.api.evaluating import (
     data_formats,
@@ -26,24 +27,27 @@ from pkt.api.extracting import (
 )
 from pkt.api.pair_quality import (
     align_quality,
-    execute_alignment,
-    prepare_alignment,
-    require_alignment_fit,
+    execute_quality,
+    prepare_quality,
+    require_quality_fit,
 )
 from pkt.api.showing import continuations, write_overview
 from pkt.api.training import execute_training, pick_device, prepare_training, train
 
 __all__ = [
     "TOP_K",
+    "Aligning",
+    "align",
     "align_quality",
+    "beside",
     "check_device",
     "continuations",
     "data_formats",
     "evaluate",
     "execute",
-    "execute_alignment",
     "execute_evaluation",
     "execute_export",
+    "execute_quality",
     "execute_targets",
     "execute_training",
     "export",
@@ -54,15 +58,16 @@ __all__ = [
     "inspect",
     "pick_device",
     "prepare",
-    "prepare_alignment",
+    "prepare_align",
     "prepare_evaluation",
     "prepare_export",
+    "prepare_quality",
     "prepare_targets",
     "prepare_training",
     "reading",
-    "require_alignment_fit",
     "require_device_fit",
     "require_fit",
+    "require_quality_fit",
     "train",
     "write_overview",
     "write_targets",

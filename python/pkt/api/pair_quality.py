@@ -30,7 +30,7 @@ _STORIES = "data/demo/stories_seeds.jsonl"
 _RESULTS = ("report", "maps")
 
 
-def prepare_alignment(
+def prepare_quality(
     teacher: str,
     student: str,
     *,
@@ -132,7 +132,7 @@ def align_quality(
     spool_dir: str | Path | None = None,
     **options: Any,
 ) -> Alignment:
-    """Measure how well a pair's maps carry what the teacher says; `prepare_alignment`'s options.
+    """Measure how well a pair's maps carry what the teacher says; `prepare_quality`'s options.
 
     Args:
         teacher: folder, hub id or alias.
@@ -143,22 +143,20 @@ def align_quality(
         overwrite: replace what an earlier run left there.
         notify: told of (phase, steps done, steps in all).
         spool_dir: where hidden states lie meanwhile.
-        **options: of `prepare_alignment`.
+        **options: of `prepare_quality`.
 
     Raises:
         PktError: and its subclasses; `BudgetError` before anything is read.
 
     """
-    task = prepare_alignment(
-        teacher, student, output_dir=output_dir, spool_dir=spool_dir, **options
-    )
-    return execute_alignment(
+    task = prepare_quality(teacher, student, output_dir=output_dir, spool_dir=spool_dir, **options)
+    return execute_quality(
         task, None if output_dir is None else Path(output_dir), io=io, device=device,
         overwrite=overwrite, notify=notify, spool_dir=spool_dir,
     )  # fmt: skip
 
 
-def execute_alignment(
+def execute_quality(
     task: QualityTask,
     folder: Path | None,
     *,
@@ -168,13 +166,13 @@ def execute_alignment(
     spool_dir: str | Path | None = None,
     notify: Notify = lambda phase, done, total: None,
 ) -> Alignment:
-    """Run what `prepare_alignment` made; a finished run with the same inputs is returned."""
+    """Run what `prepare_quality` made; a finished run with the same inputs is returned."""
     from pkt.methods.semalign import run_quality
     from pkt.output import finished
 
     if folder and not overwrite and (kept := finished(folder, task.identity(), _RESULTS)):
         return Alignment(kept, json.loads((folder / "pkt_run.json").read_text("utf-8")), folder)
-    require_alignment_fit(task.plan)
+    require_quality_fit(task.plan)
     check_device(device)
     return run_quality(
         task, folder, io="mmap" if io == "auto" else io, device=device, overwrite=overwrite,
@@ -182,7 +180,7 @@ def execute_alignment(
     )  # fmt: skip
 
 
-def require_alignment_fit(plan: AlignPlan) -> None:
+def require_quality_fit(plan: AlignPlan) -> None:
     """Raise `BudgetError` with the smallest setting unless the plan fits memory and disk."""
     if not plan.fits:
         raise BudgetError(

@@ -52,6 +52,12 @@ class Choice:
         """What it asks of the targets."""
         return OBJECTIVES[self.objective]
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the teacher's logits are part of it, if every student layer is paired."""
+        own = self.objective == "acl" or (self.objective == "v2" and self.kl_weight > 0)
+        return own or self.output_loss == "kl"
+
     def options(self) -> dict[str, Any]:
         """What of it changes a result."""
         found: dict[str, Any] = {"objective": self.objective}

@@ -1,22 +1,25 @@
-"""`pkt align --targets-only`: what the teacher says and thinks of the training data."""
+"""`pkt align`: SEMALIGN; `--targets-only`: what the teacher says and thinks of the data."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from pkt import api
+from pkt.api.supervising import OBJECTIVES
 from pkt.cli import options
 from pkt.cli.environment import aliases, processes, stay_offline
 from pkt.cli.options import Session
 from pkt.cli.pairing import pairing_table, ranking_table, states_rows
 from pkt.cli.progress import Progress
 from pkt.cli.tables import aligned, forward_plan_table, plan_json, recording_summary
+from pkt.cli.train import SCHEDULE, as_json, fitting, perform, schedule
 from pkt.errors import InterruptError, UsageError
 from pkt.records import IoMode, Reading, Recording
 from pkt.workplace import WORK, tensors_of
@@ -25,39 +28,40 @@ if TYPE_CHECKING:
     from pkt.methods.targeting import Task
 
 _FILE = click.Path(path_type=Path)
-_INPUTS = (
-    "top_k", "template", "max_tokens", "max_examples", "dtype", "max_ram", "spool_dir",
-    "output_dir", "states", "pairs", "critical", "interpolate", "pair_by", "interface", "map",
-    "states_dtype", "attribution", "attribution_examples", "fold_norm", "seed",
-    "allow_low_coverage",
+_POSITIVE = click.IntRange(min=1)
+_READ = ("template", "max_tokens", "max_examples", "dtype", "max_ram", "spool_dir")
+_STATES = (
+    "top_k", "pairs", "critical", "interpolate", "pair_by", "interface", "map", "states_dtype",
+    "attribution", "attribution_examples", "fold_norm", "seed", "allow_low_coverage",
 )  # fmt: skip
+_LEARNT = ("objective", "output_loss", "kl_weight", "teacher_targets")
+_TRAINED = ("eval_data", "init", "rank", "dropout", *SCHEDULE)
 
 
 _states = options.together(
     click.option("--states", is_flag=True, help="Write mapped activations of the teacher too."),
     click.option(
         "--interface", type=click.Choice(["mlp", "attn", "block", "hidden", "span"]),
-        default="hidden", show_default=True,
         help="Which activation: what a sub-layer adds, what the layer does, the state behind it, "
-        "or that less the state of the pair below.",
+        "or that less the state of the pair below.  [default: the objective's; hidden]",
     ),
     click.option(
         "--map", type=click.Choice(["cosine", "dual", "embedding", "random", "truncate"]),
-        default="dual", show_default=True, help="What carries them over to the student.",
+        help="What carries them over to the student.  [default: the objective's; dual]",
     ),
     click.option(
         "--pairs", metavar="T:S,…", help="Teacher and student layers, from 1; default: by a rule."
     ),
     click.option(
-        "--critical", type=click.IntRange(min=0), default=0, metavar="N",
-        help="Only the pairs that the N teacher layers of highest attribution lead to.",
+        "--critical", type=click.IntRange(min=0), metavar="N",
+        help="Only the pairs that the N teacher layers of highest attribution lead to; 0: every "
+        "layer.  [default: 1 of v1, else 0]",
     ),
     click.option("--interpolate", is_flag=True, help="States between two teacher layers."),
     click.option(
-        "--pair-by", type=click.Choice(["floor", "attribution"]), default="floor",
-        show_default=True,
+        "--pair-by", type=click.Choice(["floor", "attribution"]),
         help="One teacher layer for each of the student's: evenly, or of each stretch between "
-        "these the one of highest attribution.",
+        "these the one of highest attribution.  [default: attribution of v2 and acl, else floor]",
     ),
     click.option(
         "--attribution", type=click.Choice(["signed", "abs"]), default="signed", show_default=True,
@@ -75,7 +79,6 @@ _states = options.together(
         "--fold-norm/--no-fold-norm", default=True, show_default=True,
         help="Whether the final norms belong to the heads that the map is made from.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of --map random."),
     click.option(
         "--allow-low-coverage", is_flag=True,
         help="Accept vocabularies that share less than half of the smaller one.",
@@ -95,18 +98,43 @@ _states = options.together(
     help="Folder of the result; an unfinished run there is continued.",
 )  # fmt: skip
 @click.option(
-    "--targets-only", is_flag=True,
-    help="Write targets for pkt train --teacher-targets; nothing is trained.",
+    "--objective", type=click.Choice(list(OBJECTIVES)), default="v1", show_default=True,
+    help="v1 (the paper's: cosines), v2 (geometry of tokens), acl (Fisher-weighted logits): our "
+    "reading of two abstracts; hidden-mse: a control.",
 )  # fmt: skip
+@click.option(
+    "--output-loss", type=click.Choice(["cosine", "ce", "kl"]),
+    help="Beside the layer loss of v1 and hidden-mse.  [default: cosine; ce]",
+)  # fmt: skip
+@click.option(
+    "--kl-weight", type=float, metavar="β", help="Of the KL to the teacher.  [default: 1]"
+)
+@click.option(
+    "--teacher-targets", type=_FILE, metavar="DIR",
+    help="Where the teacher's side is written, or lies already.  [default: OUT.targets]",
+)  # fmt: skip
+@click.option(
+    "--targets-only", is_flag=True,
+    help="Write targets to OUT, for pkt train --teacher-targets; nothing is trained.",
+)  # fmt: skip
+@click.option("--eval-data", type=_FILE, metavar="FILE.jsonl", help="Held-out examples.")
 @click.option(
     "--top-k", type=click.IntRange(min=0), default=api.TOP_K, show_default=True,
     help="Logits kept of each answer token; 0: those of the whole vocabulary.",
 )  # fmt: skip
 @_states
+@click.option(
+    "--init", default="lora", show_default=True, metavar="START", help="lora, pissa or gaussian."
+)
+@schedule
+@click.option("--rank", type=_POSITIVE, default=16, show_default=True, help="r.")
+@options.targets
+@fitting
 @options.examples
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-    show_default=True, help="Computed in; auto: the teacher's own, float32 for float16.",
+    show_default=True,
+    help="Of the teacher's arithmetic and the student's weights; auto: each model's own.",
 )  # fmt: skip
 @options.max_ram
 @options.spool_dir
@@ -116,8 +144,8 @@ _states = options.together(
     help="How the teacher's files are read.",
 )  # fmt: skip
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-    help="Where the arithmetic is done.",
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where the arithmetic is done; auto: CUDA where present.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; no run.")
@@ -125,42 +153,87 @@ _states = options.together(
 @options.quiet
 @click.pass_obj
 def align(session: Session, /, **given: Any) -> None:
-    """Write the teacher's largest logits at every answer token of DATA, and its activations.
+    """Train the student on the teacher's activations, carried over by the bases of both heads.
 
-    The teacher is read once, layer by layer, and need not fit in memory; the student, whose
-    tokenizer must be the teacher's, then learns from OUT without it: pkt train --distill topk-kl
-    --teacher-targets OUT, with the same DATA, --template, --max-tokens and --max-examples. An
-    interrupted run is continued by the same command.
+    First the teacher is read, layer by layer; it need not fit in memory. What it says at the answer
+    tokens of DATA, and what paired layers think there, mapped to the student's width, is written to
+    OUT.targets, for this and any further run. Then LoRA on the paired layers learns from it; OUT
+    becomes a plain PEFT adapter. The same command continues an interrupted run.
 
-    With --states the activations of paired layers are written too, mapped to the student's width.
-    Where the tokenizers differ these alone are, at places where both end together. Layers that are
+    With --targets-only OUT gets the teacher's side alone, for pkt train --distill topk-kl
+    --teacher-targets OUT: its largest logits, and with --states its activations. Where the
+    tokenizers differ, activations are all there is, at places where both end together. Layers
     chosen by attribution cost two more readings of the teacher, over the first examples.
     """
     needed = ["teacher", "student", "data", *([] if given["dry_run"] else ["output_dir"])]
     if missing := [name for name in needed if not given[name]]:
         flags = ", ".join("-o" if n == "output_dir" else f"--{n}" for n in missing)
         raise UsageError(f"pkt align also needs {flags}", "pkt align --help")
-    if not given["targets_only"]:
-        raise UsageError(
-            "pkt align also needs --targets-only", "the student learns by pkt train --distill"
-        )
-    if processes()[1] > 1:
-        raise UsageError("pkt align runs in one process", "start it without torchrun")
     if given["dry_run"]:
         stay_offline()
+    if given["targets_only"]:
+        _write_targets(session, given)
+    else:
+        _train(session, given)
+
+
+def _write_targets(session: Session, given: Mapping[str, Any]) -> None:
+    _require_unused(("targets", "save_steps", *_LEARNT, *_TRAINED), "--targets-only")
+    if processes()[1] > 1:
+        raise UsageError(
+            "pkt align --targets-only runs in one process", "start it without torchrun"
+        )
+    names = ("states", "output_dir", *_READ, *_STATES)
     task = api.prepare_targets(
         given["teacher"], given["student"], given["data"], aliases=aliases(),
-        **{name: given[name] for name in _INPUTS if given[name] is not None},
+        **{name: given[name] for name in names if given[name] is not None},
     )  # fmt: skip
     if given["dry_run"]:
         _dry_run(task, given)
         return
-    made = _perform(session, task, given)
+    made = _perform(session, task, given["output_dir"], given)
     if given["as_json"]:
         found = {"output_dir": str(made.folder), "manifest": made.manifest, "run": made.run}
         click.echo(json.dumps(found, indent=1))
     else:
         click.echo(str(made.folder))
+
+
+def _train(session: Session, given: Mapping[str, Any]) -> None:
+    process, count = processes()
+    names = (*_READ, *_LEARNT, *_TRAINED)
+    made = api.prepare_align(
+        given["teacher"], given["student"], given["data"], given["output_dir"] or "OUT",
+        states={name: given[name] for name in _STATES}, modules=given["targets"],
+        aliases=aliases(), processes=count,
+        **{name: given[name] for name in names if given[name] is not None},
+    )  # fmt: skip
+    if given["dry_run"]:
+        _dry_run(made.targets, given)
+        return
+    if count == 1:
+        _perform(session, made.targets, made.folder, given)
+    elif not api.finished_targets(made.targets, made.folder):
+        raise UsageError(
+            f"pkt align in {count} processes: expected finished targets, found none in "
+            f"{made.folder}",
+            "start it in one process until they are written, then again like this",
+        )
+    say = not given["quiet"] and process == 0
+    if say:
+        click.echo("", err=True)
+    tuned = perform(session, made.trained(), given, say)
+    if process == 0:
+        click.echo(as_json(tuned) if given["as_json"] else str(tuned.folder))
+
+
+def _require_unused(names: Sequence[str], beside: str) -> None:
+    """Refuse options that were given and would change nothing."""
+    context = click.get_current_context()
+    unset = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    for name in names:
+        if context.get_parameter_source(name) not in unset:
+            raise UsageError(f"--{name.replace('_', '-')}: not used with {beside}", "leave it out")
 
 
 def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
@@ -181,14 +254,13 @@ def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
     api.require_fit(task.plan)
 
 
-def _perform(session: Session, task: Task, given: Mapping[str, Any]) -> Recording:
-    """Run the task; the plan, progress and summary go to stderr."""
+def _perform(session: Session, task: Task, folder: Path, given: Mapping[str, Any]) -> Recording:
+    """Write the targets; the plan, progress and summary go to stderr."""
 
     def tell(text: str) -> None:
         if not given["quiet"]:
             click.echo(text, err=True)
 
-    folder: Path = given["output_dir"]
     if not given["overwrite"] and (held := api.finished_targets(task, folder)):
         tell(f"{folder}: finished already, with these inputs; nothing to do")
         return held
@@ -206,8 +278,9 @@ def _perform(session: Session, task: Task, given: Mapping[str, Any]) -> Recordin
 
     try:
         made = api.execute_targets(
-            task, folder, io=reading, device=given["device"], overwrite=given["overwrite"],
-            notify=notify, paired=lambda rows: tell(f"\n{pairing_table(rows)}\n"),
+            task, folder, io=reading, device=api.pick_device(given["device"]),
+            overwrite=given["overwrite"], notify=notify,
+            paired=lambda rows: tell(f"\n{pairing_table(rows)}\n"),
         )  # fmt: skip
     except BaseException as error:
         if session.interrupts.received is None:

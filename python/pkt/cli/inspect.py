@@ -149,7 +149,7 @@ def _align(
         if not quiet:
             click.echo(text, err=True)
 
-    task = api.prepare_alignment(
+    task = api.prepare_quality(
         teacher, student, maps=map_names, output_dir=output_dir, spool_dir=spool_dir,
         aliases=aliases(), **rest,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def _align(
             progress(phase, done, total)
 
     try:
-        made = api.execute_alignment(
+        made = api.execute_quality(
             task, output_dir, io=io, device=device, overwrite=overwrite, spool_dir=spool_dir,
             notify=notify,
         )  # fmt: skip

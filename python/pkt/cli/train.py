@@ -26,7 +26,7 @@ from pkt.workplace import WORK
 if TYPE_CHECKING:
     from pkt.methods.tuning import Task
 
-_SCHEDULE = (
+SCHEDULE = (
     "lr", "lr_ratio", "epochs", "max_steps", "batch_size", "micro_batch", "warmup",
     "weight_decay", "gradient_checkpointing", "autocast", "eval_steps", "seed",
 )  # fmt: skip
@@ -37,6 +37,51 @@ _INPUTS = (
 )  # fmt: skip
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path)
+
+schedule = options.together(
+    click.option("--lr", type=float, default=3e-4, show_default=True, help="Peak learning rate."),
+    click.option(
+        "--lr-ratio", type=float, default=1.0, show_default=True,
+        help="Learning rate of B over that of A.",
+    ),
+    click.option("--epochs", type=float, help="[default: 3; of an objective of pkt align: 5]"),
+    click.option("--max-steps", type=_POSITIVE, help="Overrides --epochs."),
+    click.option(
+        "--batch-size", type=_POSITIVE, default=64, show_default=True,
+        help="Examples a step, over all processes.",
+    ),
+    click.option(
+        "--micro-batch", type=_POSITIVE, default=4, show_default=True,
+        help="At most so many of them at once.",
+    ),
+    click.option(
+        "--warmup", type=float, default=0.03, show_default=True, help="Share of the steps."
+    ),
+    click.option("--weight-decay", type=float, default=0.0, show_default=True),
+    click.option(
+        "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
+        help="Of the trained half's input; the frozen half has none.",
+    ),
+)  # fmt: skip
+fitting = options.together(
+    click.option("--autocast", is_flag=True, help="bfloat16 mixed precision (transformers' bf16)."),
+    click.option(
+        "--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True,
+        help="Recompute activations: less memory, a third more time.",
+    ),
+    click.option(
+        "--eval-steps", type=click.IntRange(min=0), default=0,
+        help="Steps between held-out losses.  [default: every epoch]",
+    ),
+    click.option(
+        "--save-steps", type=click.IntRange(min=0), default=0,
+        help="Steps between checkpoints.  [default: about five minutes]",
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True,
+        help="Of the order of examples, dropout and random starts.",
+    ),
+)  # fmt: skip
 
 
 @click.command(
@@ -74,27 +119,7 @@ _FILE = click.Path(path_type=Path)
     "--distill-weight", type=float, default=1.0, show_default=True, metavar="W",
     help="Loss: W times the divergence, 1 - W times the labels' cross-entropy.",
 )  # fmt: skip
-@click.option("--lr", type=float, default=3e-4, show_default=True, help="Peak learning rate.")
-@click.option(
-    "--lr-ratio", type=float, default=1.0, show_default=True,
-    help="Learning rate of B over that of A.",
-)  # fmt: skip
-@click.option("--epochs", type=float, default=3.0, show_default=True)
-@click.option("--max-steps", type=_POSITIVE, help="Overrides --epochs.")
-@click.option(
-    "--batch-size", type=_POSITIVE, default=64, show_default=True,
-    help="Examples a step, over all processes.",
-)  # fmt: skip
-@click.option(
-    "--micro-batch", type=_POSITIVE, default=4, show_default=True,
-    help="At most so many of them at once.",
-)  # fmt: skip
-@click.option("--warmup", type=float, default=0.03, show_default=True, help="Share of the steps.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
-@click.option(
-    "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
-    help="Of the trained half's input; the frozen half has none.",
-)  # fmt: skip
+@schedule
 @click.option("--rank", type=_POSITIVE, help="r.  [default: the extraction's, or 16]")
 @options.targets
 @click.option(
@@ -105,23 +130,7 @@ _FILE = click.Path(path_type=Path)
     help="Student layers that a control adapts, counted from 1.  [default: all]",
 )  # fmt: skip
 @options.training_data
-@click.option("--autocast", is_flag=True, help="bfloat16 mixed precision (transformers' bf16).")
-@click.option(
-    "--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True,
-    help="Recompute activations: less memory, a third more time.",
-)  # fmt: skip
-@click.option(
-    "--eval-steps", type=click.IntRange(min=0), default=0,
-    help="Steps between held-out losses.  [default: every epoch]",
-)  # fmt: skip
-@click.option(
-    "--save-steps", type=click.IntRange(min=0), default=0,
-    help="Steps between checkpoints.  [default: about five minutes]",
-)  # fmt: skip
-@click.option(
-    "--seed", type=int, default=0, show_default=True,
-    help="Of the order of examples, dropout and random starts.",
-)  # fmt: skip
+@fitting
 @options.config
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
@@ -153,7 +162,7 @@ def train(session: Session, /, **given: Any) -> None:
     say = not given["quiet"] and process == 0
     task = api.prepare_training(
         given["student"], given["data"], aliases=aliases(), processes=count,
-        **{name: given[name] for name in (*_INPUTS, *_SCHEDULE) if given[name] is not None},
+        **{name: given[name] for name in (*_INPUTS, *SCHEDULE) if given[name] is not None},
     )  # fmt: skip
     if given["show_sample"]:
         click.echo(_sample(task, given["as_json"]))
@@ -161,12 +170,12 @@ def train(session: Session, /, **given: Any) -> None:
     if given["dry_run"]:
         click.echo(json.dumps(task.identity(), indent=1) if given["as_json"] else _plan(task))
         return
-    made = _perform(session, task, given, say)
+    made = perform(session, task, given, say)
     if process == 0:
-        click.echo(_json(made) if given["as_json"] else str(made.folder))
+        click.echo(as_json(made) if given["as_json"] else str(made.folder))
 
 
-def _perform(session: Session, task: Task, given: Mapping[str, Any], say: bool) -> Tuning:
+def perform(session: Session, task: Task, given: Mapping[str, Any], say: bool) -> Tuning:
     """Run the task; the plan, progress and summary go to stderr."""
 
     def tell(text: str) -> None:
@@ -221,7 +230,9 @@ def _plan(task: Task) -> str:
             f"examples, {schedule.lr:g} at the peak, linear decay",
         ),
     ]
-    if task.teacher:
+    if task.config.alignment:
+        rows.append(("learns", _objective(task)))
+    elif task.teacher:
         labels = 1 - task.config.distill_weight
         beside = f", beside {labels:g} of the labels' cross-entropy" if labels else ""
         family, layers = (task.teacher["teacher"].get(n) for n in ("family", "layers"))
@@ -231,6 +242,17 @@ def _plan(task: Task) -> str:
         held = task.held_out
         rows.append(("held out", f"{len(held.samples)} examples, {held.loss_tokens} in the loss"))
     return "plan\n" + aligned(rows, indent=2)
+
+
+def _objective(task: Task) -> str:
+    """What of the teacher's activations is learnt, and where."""
+    assert task.teacher
+    assert task.config.alignment
+    chosen, said = task.config.alignment, task.teacher
+    beside = [str(chosen[name]) for name in ("output_loss", "kl_weight") if name in chosen]
+    pairs = ", ".join(f"{teacher} to {student}" for teacher, student, _ in said["pairs"])
+    also = f", output loss {' × '.join(beside)}" if beside else ""
+    return f"{chosen['objective']} at {said['interface']}, map {said['map']}{also}; layers {pairs}"
 
 
 def _summary(made: Tuning) -> str:
@@ -259,6 +281,7 @@ def _sample(task: Task, as_json: bool) -> str:
     return json.dumps({"sample": sample}) if as_json else sample
 
 
-def _json(made: Tuning) -> str:
+def as_json(made: Tuning) -> str:
+    """A finished run as one JSON object."""
     found = {"output_dir": str(made.folder), "manifest": made.manifest, "run": made.run}
     return json.dumps(found, indent=1)
