@@ -1,8 +1,10 @@
 """The arms of a comparison: one table, one line each; a new method joins by adding its line.
 
 An arm says how its start is made (options of `pkt extract`, or none: it begins with nothing of the
-teacher's) and how it is trained (options of `pkt train`; ``distill``: on the teacher's logits).
-Everything else, from the data to the number of trained parameters, is the same for all.
+teacher's) and how it is trained (options of `pkt train`; ``distill``: on the teacher's logits;
+``objective``: on its activations, as `pkt align` does). Everything else, from the data to the
+length of the training, is the same for all. SEMALIGN adapts fewer modules, so each of its arms has
+a plain LoRA on the same modules and layers beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Arm:
     extract: Options | None  #: options of the extraction it begins from; None: none
     train: Options = field(default_factory=dict)
     examples: int = 0  #: first so many training examples; 0: all there are
+    states: Options = field(default_factory=dict)  #: of the activations it learns from
+    like: str = ""  #: the objective whose modules and layers plain LoRA has
 
     @property
     def extracts(self) -> bool:
@@ -37,13 +41,20 @@ class Arm:
         return "distill" in self.train
 
     @property
+    def aligns(self) -> bool:
+        """Whether it learns from the teacher's activations."""
+        return "objective" in self.train
+
+    @property
     def knows_teacher(self) -> bool:
         """Whether anything of the teacher reaches the student."""
-        return self.extracts or self.distils
+        return self.extracts or self.distils or self.aligns
 
     def options(self) -> dict[str, Any]:
         """What of it changes its results, JSON-able."""
-        return {"extract": self.extract, "train": self.train, "examples": self.examples}
+        found = {"extract": self.extract, "train": self.train, "examples": self.examples}
+        more = {"states": self.states, "like": self.like}
+        return {**found, **{name: value for name, value in more.items() if value}}
 
     @property
     def random_start(self) -> bool:
@@ -76,6 +87,12 @@ ARMS: Mapping[str, Arm] = {
         Arm("consistent", "one index set for the whole model", {"select": "consistent"}),
         Arm("kd", "plain LoRA on the teacher's top 64 logits", None, {"init": "lora", **_KD}),
         Arm("seeking+kd", "seeking-a-only on those logits", {}, {"start": "a-only", **_KD}),
+        Arm("semalign-v1", "the paper's: cosines at a critical layer", None, {"objective": "v1"}),
+        Arm("lora-as-v1", "plain LoRA on v1's modules, layer", None, {"init": "lora"}, like="v1"),
+        Arm("semalign-v2", "geometry of tokens, layer by layer", None, {"objective": "v2"}),
+        Arm("semalign-acl", "Fisher-weighted logits, layer by layer", None, {"objective": "acl"}),
+        Arm("hidden-mse", "squared errors of hidden states", None, {"objective": "hidden-mse"}),
+        Arm("lora-as-v2", "plain LoRA on their modules", None, {"init": "lora"}, like="v2"),
     )
 }
 
@@ -125,11 +142,24 @@ VARIATIONS: Mapping[str, Variation] = {
         ("1", "4", "16"),
         lambda arm, value: replace(arm, train={**arm.train, "lr_ratio": float(value)}),
     ),
+    "map": Variation(
+        ("cosine", "dual", "embedding", "random", "truncate"),
+        lambda arm, value: replace(arm, states={**arm.states, "map": value}),
+    ),
+    "interface": Variation(
+        ("mlp", "attn", "block", "hidden"),
+        lambda arm, value: replace(arm, states={**arm.states, "interface": value}),
+    ),
+    "output-loss": Variation(
+        ("cosine", "ce", "kl"),
+        lambda arm, value: replace(arm, train={**arm.train, "output_loss": value}),
+    ),
     "examples": Variation(
         ("30", "100", "300", "1000"), lambda arm, value: replace(arm, examples=int(value))
     ),
 }
 _OF_EXTRACTION = ("seed-count", "layers", "select", "split")
+_OF_ALIGNMENT = ("map", "interface", "output-loss")
 
 
 def chosen(names: Sequence[str]) -> list[Arm]:
@@ -157,6 +187,8 @@ def varied(arm: Arm, kind: str, values: Sequence[str] | None) -> list[Arm]:
         raise UsageError(f"--vary: no variation '{kind}'", f"known: {', '.join(VARIATIONS)}")
     if kind in _OF_EXTRACTION and not arm.extracts:
         raise UsageError(f"--vary {kind}: arm '{arm.name}' extracts nothing")
+    if kind in _OF_ALIGNMENT and not arm.aligns:
+        raise UsageError(f"--vary {kind}: arm '{arm.name}' learns from no activations")
     if kind == "scale" and arm.train.get("init") == "lora":
         raise UsageError(f"--vary scale: arm '{arm.name}' begins at zero")
     variation = VARIATIONS[kind]

@@ -12,12 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt.api import execute, execute_targets, prepare, prepare_targets, prepare_training
+from pkt.api import (
+    execute,
+    execute_targets,
+    prepare,
+    prepare_align,
+    prepare_targets,
+    prepare_training,
+)
 from pkt.compare.arms import Arm
 from pkt.errors import DivergenceError
 from pkt.records import SampleSet
 
 if TYPE_CHECKING:
+    from pkt.api import Aligning
     from pkt.methods.tuning import Task
 
 Stop = Callable[[], bool]
@@ -102,8 +110,34 @@ class Cells:
                 options["max_examples"] = arm.examples
             if arm.distils:
                 options["teacher_targets"] = self._teacher_targets(options)
+            if arm.aligns:
+                self._tasks[key] = self._aligned(options, arm.states).trained()
+                return self._tasks[key]
+            if arm.like:
+                alike = self._aligned({**options, "objective": arm.like}, arm.states).trained()
+                options |= {"targets": alike.config.targets, "layers": alike.config.layers}
             self._tasks[key] = prepare_training(setting.student, setting.data, **options)
         return self._tasks[key]
+
+    def _aligned(self, train: Mapping[str, Any], states: Mapping[str, Any]) -> Aligning:
+        """An alignment whose targets are written, once for all arms that share their options."""
+        from pkt.training import Schedule
+
+        setting = self.setting
+        # As long as every other arm; an objective's own default is longer.
+        options = {"epochs": Schedule().epochs, **train, "states": states}
+        options["modules"] = options.pop("targets", None)
+        for name in ("embeddings", "layers"):
+            options.pop(name, None)
+        asked = [options["objective"], sorted(states.items()), options.get("max_examples", "all")]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        folder = self.work / "targets" / f"{options['objective']}-{digest[:12]}"
+        folder.parent.mkdir(exist_ok=True)
+        made = prepare_align(
+            setting.teacher, setting.student, setting.data, teacher_targets=folder, **options
+        )
+        execute_targets(made.targets, made.folder, device=setting.device, notify=self._notify)
+        return made
 
     def _extracted(self, arm: Arm, repeat: int) -> Path:
         """The arm's extraction, made once for all arms that share its options."""
