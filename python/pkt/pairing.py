@@ -106,14 +106,15 @@ def span_starts(
 ) -> tuple[LayerPair | None, ...]:
     """For each pair where the teacher's part of what student layer k adds begins.
 
-    The pair of student layer k − 1: the one among ``pairs`` or, where that layer has none, the
-    floor rule's, if it lies below. ``None``: before the first layer.
+    The pair of student layer k − 1: the one among ``pairs`` or, where that layer has none, that of
+    the floor rule (interpolated if ``pairs`` are), if it lies below. ``None``: before layer 1.
 
     Raises:
         UsageError: nothing lies between where a span begins and its end.
 
     """
-    known = {pair.student: pair for pair in floor_pairs(teacher_layers, student_layers)}
+    rule = interpolated_pairs if any(pair.mix for pair in pairs) else floor_pairs
+    known = {pair.student: pair for pair in rule(teacher_layers, student_layers)}
     known |= {pair.student: pair for pair in pairs}
     named = {pair.student for pair in pairs}
     found: list[LayerPair | None] = []

@@ -228,7 +228,7 @@ class Plan:
     read_bytes: int  #: from the teacher, in all
     spool_bytes: int  #: largest size of the spool: hidden states and gradients, X and dY
     adapter_bytes: int
-    passes: int = 2  #: times that the order of the layers is gone through
+    passes: int = 2  #: times that the layers are gone through: targets 1, attributed pairs first 3
     record_bytes: int = 0  #: what finished layers leave in OUT/.work, wherever the spool lies
     spool_every: int = 1  #: every k-th layer's inputs are kept on the disk
     recomputed_layers: int = 0  #: run forward once more, as their inputs were not kept

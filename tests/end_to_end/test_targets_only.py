@@ -22,6 +22,7 @@ import pkt as package
 import tiny
 from commands import Inputs, Result, build_inputs, pkt, write_seeds
 from pkt.evaluation import agreement, mean_agreement
+from pkt.targets import Targets
 from runs import Nursery, contents
 
 QUICK = ("--max-steps", 4, "--batch-size", 4, "--micro-batch", 2, "--lr", "1e-2",
@@ -93,6 +94,34 @@ def test_dry_run_and_json(bench: Bench, tmp_path: Path) -> None:
     assert json.loads(made.out)["manifest"]["data"]["count"] == 12
 
 
+def test_states_are_planned_paired_and_told(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = bench.align(out, "--states", "--interface", "mlp", "--critical", 2)
+    assert made.code == 0, made.err
+    for words in ("what each MLP adds", "map dual", "2 highest lead to pairs", "twice for",
+                  "backward", "teacher layer  student layer", "BF16 is off by", "paired with",
+                  "report/index.html"):  # fmt: skip
+        assert words in made.err, words
+    held = Targets(out / "targets")
+    assert held.interface == "mlp"
+    assert 1 <= len(held.pairs) <= 2
+    again = bench.align(out, "--states", "--interface", "mlp", "--critical", 2)
+    assert "finished already" in again.err
+    shown = bench.align(tmp_path / "dry", "--states", "--dry-run", "--interpolate")
+    assert "mixed with the next" in shown.out
+    found = json.loads(bench.align(tmp_path / "dry", "--states", "--dry-run", "--json").out)
+    assert found["states"]["map"] == "dual"
+    assert [pair["student"] for pair in found["pairs"]] == [1, 2, 3]
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_student_learns_logits_from_targets_with_states(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "said"
+    assert bench.align(out, "--states", "-q", "--map", "truncate").code == 0
+    made = bench.train(tmp_path / "tuned", **{"teacher-targets": out})
+    assert made.code == 0, made.err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
@@ -115,6 +144,10 @@ def test_refusals_have_their_codes(bench: Bench, tmp_path: Path) -> None:
         ({"teacher": tmp_path / "none"}, (), 2, "no such folder"),
         ({"data": tmp_path / "none.jsonl"}, (), 5, "cannot be read"),
         ({}, ("--max-ram", "64MiB"), 4, "at its peak"),
+        ({}, ("--pairs", "1:1"), 2, "--pairs: not used without --states"),
+        ({}, ("--states", "--pairs", "7:1"), 2, "teacher layer 7: expected 1 to 4"),
+        ({}, ("--states", "--map", "ridge"), 2, "'ridge' is not one of"),
+        ({}, ("--states", "--device", "cuda"), 2, "--device cuda: not available here"),
     ):
         made = bench.align(tmp_path / "out", *more, **replaced)
         assert (made.code, text in made.error) == (code, True), made.err

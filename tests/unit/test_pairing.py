@@ -8,10 +8,15 @@ from hypothesis import strategies as st
 
 from pkt.errors import IncompatibleError, UsageError
 from pkt.pairing import (
+    attributed_pairs,
     critical_pairs,
     floor_pairs,
     given_pairs,
+    highest_layers,
     interpolated_pairs,
+    most_kept,
+    sources,
+    span_starts,
     unlike_attention,
 )
 from pkt.records import LayerPair
@@ -107,3 +112,67 @@ def test_sliding_beside_full_attention_is_found() -> None:
     pairs = floor_pairs(2, 2)
     assert unlike_attention(pairs, kinds, kinds) == ()
     assert unlike_attention(pairs, kinds, kinds[1:] * 2) == (pairs[0],)
+
+
+@given(depths, st.data())
+@settings(deadline=None)
+def test_attribution_chooses_within_the_floor_rules_stretches(
+    depth: tuple[int, int], data: st.DataObject
+) -> None:
+    scores = data.draw(st.lists(st.integers(0, 5), min_size=depth[0], max_size=depth[0]))
+    floor = [pair.teacher for pair in floor_pairs(*depth)]
+    for before, pair in zip([0, *floor], attributed_pairs(scores, *depth), strict=False):
+        stretch = range(before + 1, floor[pair.student - 1] + 1)
+        assert pair.teacher in stretch
+        assert scores[pair.teacher - 1] == max(scores[layer - 1] for layer in stretch)
+        assert not any(
+            scores[n - 1] == scores[pair.teacher - 1] for n in stretch[: pair.teacher - stretch[0]]
+        )
+
+
+def test_the_highest_layers_are_named_in_order() -> None:
+    assert highest_layers([1.0, 3.0, 3.0, 2.0], 3) == (2, 3, 4)
+    assert highest_layers([1.0], 4) == (1,)
+
+
+@given(depths)
+@settings(deadline=None)
+def test_spans_of_all_pairs_cover_the_teacher_once(depth: tuple[int, int]) -> None:
+    """Added up they are the last state less the first."""
+    pairs = floor_pairs(*depth)
+    total: dict[int, float] = {}
+    for pair, start in zip(pairs, span_starts(pairs, *depth), strict=True):
+        for at, factor in sources(pair, "span", start).items():
+            total[at] = total.get(at, 0.0) + factor
+    assert {at: factor for at, factor in total.items() if factor} == {0: -1.0, depth[0]: 1.0}
+
+
+def test_where_a_span_begins_if_the_layer_below_is_not_paired() -> None:
+    """At the floor rule's layer for it, or else just below the pair."""
+    assert span_starts([LayerPair(8, 4)], 10, 5) == (LayerPair(6, 3),)
+    assert span_starts([LayerPair(5, 4)], 10, 5) == (LayerPair(4, 3),)
+    assert span_starts([LayerPair(1, 4)], 10, 5) == (None,)
+    assert span_starts([LayerPair(2, 1)], 10, 5) == (None,)
+    with pytest.raises(UsageError, match="span"):
+        span_starts([LayerPair(6, 3), LayerPair(6, 4)], 10, 5)
+
+
+def test_what_targets_are_the_sum_of() -> None:
+    mixed = LayerPair(4, 2, 0.25)
+    assert sources(mixed, "hidden") == {4: 0.75, 5: 0.25}
+    assert sources(mixed, "mlp") == {4: 0.75, 5: 0.25}
+    assert sources(mixed, "block") == {3: -0.75, 4: 0.5, 5: 0.25}
+    assert sources(LayerPair(4, 2, 0.5), "block") == {3: -0.5, 5: 0.5}
+    assert sources(mixed, "span", LayerPair(2, 1)) == {2: -1.0, 4: 0.75, 5: 0.25}
+    assert sources(LayerPair(1, 1), "span") == {0: -1.0, 1: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("interface", "most"), [("hidden", 0), ("mlp", 1), ("attn", 1), ("block", 2), ("span", 2)]
+)
+def test_few_rows_are_kept_at_once(interface: str, most: int) -> None:
+    for depth in ((5, 5), (9, 7), (40, 32)):
+        pairs = floor_pairs(*depth)
+        starts = span_starts(pairs, *depth) if interface == "span" else [None] * len(pairs)
+        terms = [sources(p, interface, s) for p, s in zip(pairs, starts, strict=True)]
+        assert most_kept(terms, sub_layers=interface in ("mlp", "attn")) == most

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkt import targets
-from pkt.errors import CheckpointError
-from pkt.records import TopLogits
+from pkt.errors import CheckpointError, IncompatibleError, PktError
+from pkt.records import LayerPair, TopLogits
 
 
 def dense(logits: torch.Tensor, k: int, vocabulary: int) -> TopLogits:
@@ -127,3 +127,64 @@ def test_damaged_files_are_named(damage: str, written: Path) -> None:
     with pytest.raises(CheckpointError, match=path.name) as error:
         targets.Targets(written)
     assert "--overwrite" in str(error.value.hint)
+
+
+# States
+
+
+@pytest.mark.parametrize("aligned", [None, ((1,), (), (0,), (0, 2))])
+@pytest.mark.parametrize("dtype", list(targets.STORED))
+def test_states_are_read_back_by_example_and_layer(
+    dtype: str, aligned: tuple[tuple[int, ...], ...] | None, tmp_path: Path
+) -> None:
+    """In several files a layer, of examples without a row too."""
+    answers, pairs = [2, 3, 1, 4], (LayerPair(2, 1), LayerPair(5, 3, 0.25))
+    index = targets.StatesIndex("span", "dual", dtype, 6, pairs, aligned)
+    rows, files, written = index.rows(answers), [], {}
+    draw = torch.Generator().manual_seed(0)
+    with mock.patch.object(targets, "SHARD_BYTES", 2 * 6 * targets.STORED[dtype].itemsize):
+        for layer in (1, 3):
+            states = [torch.randn(n, 6, generator=draw).to(targets.STORED[dtype]) for n in rows]
+            written[layer] = states
+            for shard in index.layout(answers, layer):
+                data = targets.pack_states(states[shard.first : shard.first + shard.examples])
+                (tmp_path / shard.file).write_bytes(data)
+                files.append((layer, shard, hashlib.sha256(data).hexdigest()))
+        assert len(files) >= 4
+        text = targets.index_text([], answers, 0, index, files)
+        (tmp_path / targets.INDEX).write_text(text)
+        held = targets.Targets(tmp_path)
+    assert (held.pairs, held.interface, held.map, held.top_k) == (pairs, "span", "dual", 0)
+    for number, count in enumerate(answers):
+        meant = range(count) if aligned is None else aligned[number]
+        assert held.aligned(number).tolist() == list(meant)
+        assert held.aligned(number).dtype == torch.int64
+        for layer in (1, 3):
+            assert torch.equal(held.states(number, layer), written[layer][number])
+    with pytest.raises(IncompatibleError, match="no logits"):
+        held.of(0)
+
+
+def test_logits_alone_have_no_pairs(written: Path) -> None:
+    held = targets.Targets(written)
+    assert (held.pairs, held.interface, held.map) == ((), None, None)
+    assert held.aligned(1).tolist() == [0, 1, 2]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.sampled_from(["BF16", "F16", "F32"]))
+def test_the_error_of_storing_is_that_of_the_worst_row(seed: int, dtype: str) -> None:
+    states = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
+    kept, error = targets.stored_states(states, dtype)
+    each = [
+        float(((k.double() - s.double()) ** 2).sum() ** 0.5 / (s.double() ** 2).sum() ** 0.5)
+        for k, s in zip(kept, states, strict=True)
+    ]
+    assert error == pytest.approx(max(each), rel=1e-12)
+    assert error <= {"BF16": 2**-8, "F16": 2**-11, "F32": 0}[dtype]
+
+
+def test_what_a_type_cannot_hold_is_refused() -> None:
+    with pytest.raises(PktError, match=r"7e\+04 cannot be stored as F16"):
+        targets.stored_states(torch.full((1, 2), -7e4), "F16")
+    assert targets.stored_states(torch.zeros(1, 2), "BF16")[1] == 0

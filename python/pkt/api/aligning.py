@@ -212,7 +212,7 @@ def execute_targets(
     check_device(device)
     require_device_fit(task.plan, free_device_bytes(device))
     chosen = io if isinstance(io, Reading) else reading(task, io)
-    maker = map_maker(task, chosen.mode, device) if task.states else None
+    maker = map_maker(task, chosen.mode, device, notify) if task.states else None
     return targeting.run(
         task, folder, io=chosen, device=device, overwrite=overwrite, notify=notify,
         make_map=maker, paired=paired,

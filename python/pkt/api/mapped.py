@@ -193,7 +193,7 @@ def mapped_plan(teacher: Model, student: Model, states: States, rows: int) -> Ma
         ]
         kept = most_kept(terms, sub_layers=states.interface in ("mlp", "attn"))
     else:  # the most that any pairs need
-        kept = 3 if states.interpolate else 2
+        kept = 4 if states.interpolate else 2
     readings = {"cosine": 3, "embedding": 3, "dual": 2}.get(states.map, 0)
     assert MAPS[states.map].needs in ("head", "embedding", "sizes")
     return Mapped(student, rows, kept, readings, CHUNK_ELEMENTS)
@@ -206,7 +206,9 @@ def layers_of(states: States, student: Model) -> int:
     return min(states.critical, student.layers) if states.critical else student.layers
 
 
-def map_maker(task: Task, io: str, device: str) -> Callable[[Path], tuple[Any, dict[str, Any]]]:
+def map_maker(
+    task: Task, io: str, device: str, notify: Callable[[str, int, int], None]
+) -> Callable[[Path], tuple[Any, dict[str, Any]]]:
     """What makes the map of a task, from heads or embeddings where it needs them."""
     from pkt.methods.semalign.heads import open_heads, pair_maps
     from pkt.semantics import MAPS, Evidence
@@ -223,7 +225,7 @@ def map_maker(task: Task, io: str, device: str) -> Callable[[Path], tuple[Any, d
         opened = partial(open_heads, task.teacher, student, shared, io=io, device=device)
         made = pair_maps(
             [states.map], opened(fold_norm=states.fold_norm), partial(opened, end="embedding"),
-            folder, seed=states.seed,
+            folder, seed=states.seed, notify=partial(notify, "maps"),
         )  # fmt: skip
         found = dict(made.heads)
         if made.self_cosine:

@@ -334,10 +334,12 @@ def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptE
     spool, depth = folder / WORK / "spool", task.teacher.layers
     inputs = [int(path.name[6:11]) for path in tensors_of(spool).glob("input-*.sum.json")]
     written = sum(len(list(spool.glob(f"{kind}-*.json"))) for kind in ("logits", "states"))
+    attributed = len(list((folder / WORK / "attribution").glob("layer-*.json")))
+    first = f"the attribution of {attributed}, " if attributed else ""
     whole = "" if task.states else f"of {len(task.shards)} "
     return InterruptError(
         number,
-        f"interrupted; {max(inputs, default=0)} of {depth} layers and {written} {whole}"
+        f"interrupted; {first}{max(inputs, default=0)} of {depth} layers and {written} {whole}"
         f"files of targets are finished and kept in {folder / WORK}",
         f"continue with: {shlex.join(['pkt', *session.arguments])}",
     )

@@ -74,10 +74,11 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
 
 def forward_plan_table(plan: Plan, reading: Reading | None = None) -> str:
     """The plan of one pass forward, as `plan_table` prints that of an extraction."""
+    times = "once" if plan.passes == 1 else "twice for attribution and once more"
     ahead = "read while the other is used" if plan.slots > 1 else "read and used in turn"
     rows = [
         ("slots", f"{plan.slots} of a layer, {ahead}"),
-        ("to read", f"{format_bytes(plan.read_bytes)}: the teacher, once"),
+        ("to read", f"{format_bytes(plan.read_bytes)}: the teacher, {times}"),
         ("to write", f"{format_bytes(plan.record_bytes)} of targets"),
         *_disk_rows(plan),
     ]

@@ -104,6 +104,7 @@ def make_targets_plan(
         read_bytes=read,
         spool_bytes=spool,
         spool_every=every,
+        passes=3 if attributed else 1,
         flop=flop,
         least_spool=(every, spool),
         device_parts=_on_device(teacher, dtype, forward, matrix, grams, attributed),

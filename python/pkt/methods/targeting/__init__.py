@@ -238,7 +238,7 @@ def _pairs(
 def _map(
     task: Task,
     work: Path,
-    held: Mapping[str, bytes],
+    held: dict[str, bytes],
     make_map: MakeMap | None,
     costs: Costs,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -250,6 +250,7 @@ def _map(
     for name, data in held.items():
         if not (folder / name).exists():
             (folder / name).write_bytes(data)
+    held.clear()
     with costs.phase("map"):
         matrix, heads = make_map(folder)
     path = folder / f"{task.states.map}.safetensors"
