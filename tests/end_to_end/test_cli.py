@@ -522,14 +522,16 @@ def test_demo_shows_the_whole_job(demonstrated: tuple[Path, Result]) -> None:
     assert sum(line.startswith("  ● ") for line in lines) == 3
     assert [line.split()[1] for line in shown.err.splitlines() if line.startswith("$ pkt")] == [
         "pkt",
-    ] * 4
+    ] * 5
     row = next(line for line in lines if line.startswith("| loss | loss"))
-    losses = [float(cell.split("±")[0]) for cell in row.split("|")[3:7]]
-    assert losses[0] == pytest.approx(1.614, abs=1e-3)  # student, two adapters, teacher
-    assert losses[3] == pytest.approx(1.091, abs=1e-3)
-    assert all(abs(loss - losses[0]) < 0.02 for loss in losses[1:3])
+    losses = [float(cell.split("±")[0]) for cell in row.split("|")[3:8]]
+    assert losses[0] == pytest.approx(1.614, abs=1e-3)  # student, adapters, teacher
+    assert losses[4] == pytest.approx(1.091, abs=1e-3)
+    assert all(abs(loss - losses[0]) < 0.02 for loss in losses[1:4])
     told = [line for line in lines if ": Once upon a time" in line]
-    assert [line.split(":")[0].strip() for line in told] == ["student", "lora", "tuned", "teacher"]
+    assert [line.split(":")[0].strip() for line in told] == [
+        "student", "lora", "tuned", "aligned", "teacher",
+    ]  # fmt: skip
     page = (folder / "pkt-demo" / "index.html").read_text(encoding="utf-8")
     pictures = list((folder / "pkt-demo").glob("*/report/*.png"))
     assert page.count("data:image/png;base64,") == len(pictures) >= 6

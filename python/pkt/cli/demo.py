@@ -1,4 +1,4 @@
-"""`pkt demo`: the whole job on the built-in pair, offline: extract, train, evaluate.
+"""`pkt demo`: the whole job on the built-in pair, offline: extract, train, align, evaluate.
 
 Teacher: karpathy's stories260K (llama2.c, MIT); student: three layers trained on its stories.
 """
@@ -19,6 +19,7 @@ import click
 
 from pkt import api
 from pkt.cli import options
+from pkt.cli.align import align
 from pkt.cli.eval import evaluate
 from pkt.cli.extract import extract
 from pkt.cli.options import Session
@@ -28,7 +29,7 @@ from pkt.errors import OutputError
 
 RANK = 4  # at 16 the student's k and v would be replaced whole
 #: Not tuned: a large start wants about a tenth of the rate of one that begins at zero.
-RATES = {"lora": "1e-3", "tuned": "1e-4"}
+RATES = {"lora": "1e-3", "tuned": "1e-4", "aligned": "3e-4"}
 TRAINING = ("--rank", str(RANK), "--max-steps", "40", "--batch-size", "16", "--micro-batch", "8",
             "--dropout", "0", "--template", "none", "--no-gradient-checkpointing",
             "--device", "cpu")  # fmt: skip
@@ -44,11 +45,12 @@ PROMPT, STORY_TOKENS = "Once upon a time", 60
 @options.quiet
 @click.pass_obj
 def demo(session: Session, output_dir: Path, as_json: bool, quiet: bool) -> None:
-    """Extract, train and evaluate on a built-in pair of tiny models: offline, within two minutes.
+    """Extract, train, align and evaluate on a built-in pair of tiny models: offline, two minutes.
 
     A start is extracted from the teacher, the student is fine-tuned from it and, beside it, as a
-    plain LoRA; then all of them are measured on stories none has seen, and each writes one. DIR
-    gets the models, the stories and every result; DIR/index.html shows them all.
+    plain LoRA and on the teacher's activations; then all of them are measured on stories none has
+    seen, and each writes one. DIR gets the models, the stories and every result; DIR/index.html
+    shows them all.
     """
     pair = unpack(output_dir)
     for words in _commands(output_dir, pair):
@@ -73,10 +75,12 @@ def _commands(folder: Path, pair: BuiltInPair) -> Iterator[tuple[Any, list[str]]
     models = ["--teacher", str(pair.teacher), "--student", str(pair.student)]
     start, scores = str(folder / "start"), str(folder / "scores")
     yield extract, [*models, "--seeds", str(pair.seeds), "--rank", str(RANK), "-o", start]
+    data = ["--data", str(pair.train), "--eval-data", str(pair.test)]
     for name, init in (("tuned", start), ("lora", "lora")):
-        data = ["--data", str(pair.train), "--eval-data", str(pair.test)]
         words = ["--student", str(pair.student), "--init", init, *data, "--lr", RATES[name]]
         yield train, [*words, *TRAINING, "-o", str(folder / name)]
+    words = [*models, *data, "--output-loss", "ce", "--lr", RATES["aligned"], *TRAINING]
+    yield align, [*words, "--teacher-targets", str(folder / "said"), "-o", str(folder / "aligned")]
     adapters = [word for name in RATES for word in ("--adapter", str(folder / name))]
     words = ["--model", str(pair.student), *adapters, "--teacher", str(pair.teacher)]
     words += ["--tasks", "loss", "--data", str(pair.test), "--template", "none"]
@@ -114,7 +118,7 @@ def unpack(folder: Path) -> BuiltInPair:
 
     """
     files = dict(_files(resources.files("pkt") / "data" / "demo"))
-    results = {"start", "scores", "index.html", *RATES}
+    results = {"start", "said", "scores", "index.html", *RATES}
     ours = {Path(name).parts[0] for name in files} | results
     try:
         found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -161,7 +165,8 @@ def _text(
             f"{len(extracted['layers'])} layers, so as many are kept (●):",
             layers,
             "",
-            "On stories that none of them has seen (tuned: from the extracted start; lora: plain):",
+            "On stories that none of them has seen (tuned: from the extracted start; lora: plain;\n"
+            "aligned: on the teacher's activations):",
             table,
             "",
             f"Greedy, from “{PROMPT}”:",
