@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pkt.api.aligning import execute_targets, prepare_targets
 from pkt.api.distilling import no_logits
 from pkt.api.supervising import MODULES, choose_objective
-from pkt.api.training import execute_training, prepare_training
+from pkt.api.training import execute_training, prepare_training, require_paired
 from pkt.errors import UsageError
 from pkt.records import IoMode, Template, Tuning
 
@@ -106,6 +106,7 @@ def prepare_align(
     """
     folder = Path(teacher_targets) if teacher_targets else beside(output_dir)
     choice = choose_objective(objective, output_loss, kl_weight, folder)
+    require_paired(training.get("init", "lora"), None, training.get("embeddings", False))
     wanted = _states(objective, choice.kind, dict(states or {}))
     read: dict[str, Any] = {
         "template": template, "max_tokens": max_tokens, "max_examples": max_examples,

@@ -96,7 +96,7 @@ def prepare_training(
             raise UsageError("--objective: not beside --distill", "take one of them")
         choice = choose_objective(objective, output_loss, kl_weight, teacher_targets)
         require_pair(None, None, distill_weight)
-        _require_paired(init, layers, embeddings)
+        require_paired(init, layers, embeddings)
         targets = targets or MODULES
         schedule = {"epochs": EPOCHS, **schedule}
     else:
@@ -250,7 +250,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _require_paired(init: str, layers: Any, embeddings: bool) -> None:
+def require_paired(init: str, layers: Any, embeddings: bool) -> None:
     """Refuse options that would train more than the paired layers."""
     if init not in CONTROLS:
         raise UsageError(
@@ -354,4 +354,4 @@ def _require_room(student: Model, dtype: str, allowed: tuple[int, str]) -> None:
         )
 
 
-__all__ = ["execute_training", "pick_device", "prepare_training", "train"]
+__all__ = ["execute_training", "pick_device", "prepare_training", "require_paired", "train"]

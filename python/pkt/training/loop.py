@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
@@ -24,7 +24,7 @@ from pkt.errors import DivergenceError, OutputError, PktError, UsageError
 from pkt.processes import any_process, sum_over_processes, wait_for_all
 from pkt.records import Sample
 from pkt.training.activations import Activations, Readout, watching
-from pkt.training.checkpoints import mark_complete, newest_complete
+from pkt.training.checkpoints import mark_complete, newest_complete, step_of
 from pkt.training.injection import ADAPTER
 from pkt.training.objective import Columns, Objective, Said, Totals
 from pkt.training.stages import Stages, require_stages, train_only
@@ -123,7 +123,10 @@ def fit(
         trainer.learn(objective.ready(model, samples), stages)
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_complete(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and step_of(checkpoint) >= steps_in_all(len(samples), schedule):
+        trainer.restore(checkpoint)  # of a run that ended here: the Trainer would add a step
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # mixed precision ends here
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
@@ -269,6 +272,11 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         # The Trainer's own would add whole base embeddings where these are adapted.
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take factors and state of the last step from ``checkpoint``."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from peft import set_peft_model_state_dict
