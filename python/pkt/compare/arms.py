@@ -39,7 +39,7 @@ class Arm:
     @property
     def knows_teacher(self) -> bool:
         """Whether anything of the teacher reaches the student."""
-        return self.extracts or self.distils
+        return self.extracts or self.distils or "objective" in self.train
 
     def options(self) -> dict[str, Any]:
         """What of it changes its results, JSON-able."""
