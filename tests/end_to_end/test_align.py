@@ -139,7 +139,7 @@ def test_what_it_says_before_and_after(bench: Bench, tmp_path: Path) -> None:
     words = [w for w in bench.words(tmp_path / "out") if w != "-q"]
     made = pkt(*words)
     assert made.code == 0, made.err
-    assert "v1 at mlp, map cosine, output loss cosine" in made.err
+    assert "v1 from mlp through cosine, beside it the output's cosine" in made.err
     assert "teacher layer" in made.err
     again = pkt(*words)
     assert again.err.count("finished already") == 2

@@ -92,6 +92,7 @@ class Opened:
     targets: Any  #: `pkt.targets.Targets`
     rows: int  #: tokens of the vocabulary, without rows that only pad it
     origin: dict[str, Any]  #: what the manifest of a run says of them
+    student: Mapping[str, Any] | None  #: hashes of the one that states are mapped to
 
 
 def open_targets(
@@ -125,7 +126,7 @@ def open_targets(
     if targets.answers != [sample.loss_tokens for sample in samples.samples]:
         raise CheckpointError(f"{folder}: these targets are damaged: other examples than its data")
     origin = {"top_k": targets.top_k, "teacher": teacher, "sha256": targets.sha256}
-    return Opened(targets, rows, origin)
+    return Opened(targets, rows, origin, manifest.get("student"))
 
 
 def no_logits(folder: Path, option: str) -> IncompatibleError:

@@ -153,6 +153,7 @@ def open_supervisor(
             f"{' or '.join(choice.kind.interfaces)}, found '{interface}'",
             f"write targets with --interface {choice.kind.interfaces[0]}",
         )
+    _require_student(where, opened.student, student)
     _require_pairs(where, targets, student)
     objective = ALIGNMENTS[choice.objective](
         targets, str(interface), student.layers, opened.rows,
@@ -168,6 +169,18 @@ def open_supervisor(
         "pairs": [[pair.teacher, pair.student, pair.mix] for pair in pairs],
     }
     return Supervisor(objective, objective.layers, origin)
+
+
+def _require_student(where: str, written: Mapping[str, Any] | None, student: Model) -> None:
+    """States are mapped by the student's own head: no other student can use them."""
+    expected = student.hashes()
+    if written is not None and written != expected:
+        differing = ", ".join(key for key in expected if written.get(key) != expected[key])
+        raise IncompatibleError(
+            f"{where}: its activations are mapped to another student than {student.name}: "
+            f"{differing} differ",
+            "write targets with this --student",
+        )
 
 
 def _require_pairs(where: str, targets: Any, student: Model) -> None:

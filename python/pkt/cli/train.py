@@ -12,6 +12,7 @@ import click
 
 from pkt import api
 from pkt.api.distilling import LOSSES
+from pkt.card import loss_unit
 from pkt.cli import options
 from pkt.cli.environment import aliases, processes
 from pkt.cli.options import Session
@@ -24,7 +25,7 @@ from pkt.records import Tuning
 from pkt.workplace import WORK
 
 if TYPE_CHECKING:
-    from pkt.methods.tuning import Task
+    from pkt.methods.tuning import Config, Task
 
 SCHEDULE = (
     "lr", "lr_ratio", "epochs", "max_steps", "batch_size", "micro_batch", "warmup",
@@ -215,10 +216,11 @@ def _plan(task: Task) -> str:
     schedule, origin = task.config.schedule, task.config.init
     left_out = f"; {len(task.samples.masked)} left out" if task.samples.masked else ""
     start = origin if origin == "lora" else f"{origin}, {task.config.form.name}"
+    adapted = f", layers {', '.join(map(str, task.config.layers))}" if task.config.layers else ""
     if task.config.form.name == "scaled":
         start += f" {task.config.form.scale:g}"
     rows = [
-        ("start", f"{start}, rank {task.config.rank}"),
+        ("start", f"{start}, rank {task.config.rank}{adapted}"),
         (
             "examples",
             f"{len(task.samples.samples)} of {task.samples.tokens} tokens, "
@@ -230,8 +232,8 @@ def _plan(task: Task) -> str:
             f"examples, {schedule.lr:g} at the peak, linear decay",
         ),
     ]
-    if task.config.alignment:
-        rows.append(("learns", _objective(task)))
+    if task.config.alignment and task.teacher:
+        rows += _aligned_rows(task.config, task.teacher)
     elif task.teacher:
         labels = 1 - task.config.distill_weight
         beside = f", beside {labels:g} of the labels' cross-entropy" if labels else ""
@@ -244,15 +246,20 @@ def _plan(task: Task) -> str:
     return "plan\n" + aligned(rows, indent=2)
 
 
-def _objective(task: Task) -> str:
-    """What of the teacher's activations is learnt, and where."""
-    assert task.teacher
-    assert task.config.alignment
-    chosen, said = task.config.alignment, task.teacher
-    beside = [str(chosen[name]) for name in ("output_loss", "kl_weight") if name in chosen]
-    pairs = ", ".join(f"{teacher} to {student}" for teacher, student, _ in said["pairs"])
-    also = f", output loss {' × '.join(beside)}" if beside else ""
-    return f"{chosen['objective']} at {said['interface']}, map {said['map']}{also}; layers {pairs}"
+def _aligned_rows(config: Config, teacher: Mapping[str, Any]) -> list[tuple[str, str]]:
+    chosen: Mapping[str, Any] = config.alignment or {}
+    pairs = ", ".join(f"{ours} of {theirs + mix:g}" for theirs, ours, mix in teacher["pairs"])
+    family, layers = (teacher["teacher"].get(name) for name in ("family", "layers"))
+    beside = f", beside it the output's {chosen['output_loss']}" if "output_loss" in chosen else ""
+    if chosen.get("kl_weight", 1) != 1:
+        beside += f", KL times {chosen['kl_weight']:g}"
+    return [
+        (
+            "learns",
+            f"{chosen['objective']} from {teacher['interface']} through {teacher['map']}{beside}",
+        ),
+        ("layers", f"{pairs}: of the {layers} of a {family}"),
+    ]
 
 
 def _summary(made: Tuning) -> str:
@@ -260,7 +267,7 @@ def _summary(made: Tuning) -> str:
     rows = [
         ("step 0", f"max |Δlogit| {found['step_zero']['difference']:.2g}: it is the student"),
         ("trained", f"{format_count(run['trainable_parameters'])} parameters"),
-        ("loss", f"{found['loss']:.4f} nats a token in step {found['steps']}"),
+        ("loss", f"{found['loss']:.4f} {loss_unit(found['options'])} in step {found['steps']}"),
     ]
     if losses := found["eval_loss"]:
         rows.append(("held out", f"{losses['student']:.4f} → {losses['tuned']:.4f} nats a token"))

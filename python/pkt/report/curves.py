@@ -35,7 +35,7 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        picture = as_png(_losses(metrics))
+        picture = as_png(_losses(metrics, manifest["options"].get("objective")))
     page = _page(manifest, metrics, picture)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,8 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
     return folder / "index.html"
 
 
-def _losses(metrics: Metrics) -> Figure:
+def _losses(metrics: Metrics, objective: str | None) -> Figure:
+    """An objective of activations has a unit of its own: the held-out loss then has an axis too."""
     figure = Figure(figsize=(WIDTH, 5.4))
     upper = figure.add_axes((0.065, 0.36, 0.925, 0.50))
     lower = figure.add_axes((0.065, 0.09, 0.925, 0.17), sharex=upper)
@@ -56,14 +57,18 @@ def _losses(metrics: Metrics) -> Figure:
     _label(upper, steps, _smoothed(losses), "training, smoothed", ACCENT)
     at, held_out = _column(metrics, "eval_loss")
     if at.size:
-        upper.plot(at, held_out, color=WINDOW, lw=1.2, marker="o", ms=4)
-        upper.axhline(held_out[0], color=QUIET, lw=0.8, ls=(0, (4, 3)))
-        upper.annotate(
+        held = upper.twinx() if objective else upper
+        if objective:
+            held.set_ylabel("held-out loss, nats a token")
+        held.plot(at, held_out, color=WINDOW, lw=1.2, marker="o", ms=4)
+        held.axhline(held_out[0], color=QUIET, lw=0.8, ls=(0, (4, 3)))
+        held.annotate(
             "the student, held out", (steps[-1], held_out[0]), (0, 3),
             textcoords="offset points", ha="right", color=QUIET, fontsize=7.5,
         )  # fmt: skip
-        _label(upper, at, held_out, "held out", WINDOW)
-    upper.set_ylabel("loss, nats a token")
+        _label(held, at, held_out, "held out", WINDOW)
+    _mark_stages(upper, metrics)
+    upper.set_ylabel(f"loss of {objective}" if objective else "loss, nats a token")
     upper.grid(axis="y", color=PALE, lw=0.5)
     upper.tick_params(labelbottom=False)
     rate_steps, rates = _column(metrics, "learning_rate")
@@ -72,6 +77,19 @@ def _losses(metrics: Metrics) -> Figure:
     lower.grid(axis="y", color=PALE, lw=0.5)
     title(figure, "Loss by step", "grey: each step's own examples; blue: their moving average")
     return figure
+
+
+def _mark_stages(axes: Any, metrics: Metrics) -> None:
+    """Where the next layer's turn begins, and which it is."""
+    steps, layers = _column(metrics, "layer")
+    for number, layer in enumerate(layers):
+        if number and layer == layers[number - 1]:
+            continue
+        axes.axvline(steps[number] - 0.5, color=QUIET, lw=0.6)
+        axes.annotate(
+            f"layer {layer:g}", (steps[number] - 0.5, 1), (3, -9), textcoords="offset points",
+            xycoords=("data", "axes fraction"), color=QUIET, fontsize=7.5,
+        )  # fmt: skip
 
 
 def _label(axes: Any, x: Any, y: Any, text: str, colour: str) -> None:

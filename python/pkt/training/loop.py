@@ -24,6 +24,7 @@ from pkt.errors import DivergenceError, OutputError, PktError, UsageError
 from pkt.processes import any_process, sum_over_processes, wait_for_all
 from pkt.records import Sample
 from pkt.training.activations import Activations, Readout, watching
+from pkt.training.batches import COLUMNS, EXAMPLES, IGNORED, Collate, Examples
 from pkt.training.checkpoints import mark_complete, newest_complete, step_of
 from pkt.training.injection import ADAPTER
 from pkt.training.objective import Columns, Objective, Said, Totals
@@ -33,12 +34,7 @@ Metrics = Mapping[str, float]
 Notify = Callable[[int, int, Metrics], None]
 HeldOut = Callable[[Any], float]
 
-Example = tuple[int, Sample]
-
-COLUMNS = "columns"  # of a batch: what the objective needs beside its tokens, and
-EXAMPLES = "examples"  # which training examples it is made of
 PARTS = ("layer_loss", "output_loss")
-IGNORED = -100  # the label of a token that does not count, torch's and transformers' convention
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
 
@@ -111,8 +107,8 @@ def fit(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Examples(samples),
-        data_collator=_Collate(objective),
+        train_dataset=Examples(samples),
+        data_collator=Collate(objective),
         callbacks=[watch],
     )
     trainer.held_out, trainer.lr_ratio = held_out, schedule.lr_ratio
@@ -329,45 +325,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._saved = time.monotonic()
-
-
-class _Examples(torch.utils.data.Dataset[Example]):
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Example:
-        return index, self._samples[index]
-
-
-class _Collate:
-    """A batch of examples, with what the objective needs of them."""
-
-    def __init__(self, objective: Objective | None) -> None:
-        self._objective = objective
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        batch: dict[str, Any] = {**_pad([sample for _, sample in examples])}
-        if self._objective:
-            numbers = [number for number, _ in examples]
-            batch[COLUMNS] = {
-                **self._objective.columns(numbers), EXAMPLES: torch.tensor(numbers)
-            }  # fmt: skip
-        return batch
-
-
-def _pad(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """A batch (samples, longest): token ids, what is text, and labels of what counts."""
-    longest = max(len(sample.tokens) for sample in samples)
-    ids = torch.zeros(len(samples), longest, dtype=torch.long)
-    attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, sample in enumerate(samples):
-        tokens, size = torch.tensor(sample.tokens), len(sample.tokens)
-        ids[row, :size], attention[row, :size] = tokens, 1
-        labels[row, :size] = tokens.where(torch.tensor(sample.loss_mask), IGNORED)
-    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
