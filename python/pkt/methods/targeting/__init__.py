@@ -13,32 +13,29 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pkt.errors import OutputError
-from pkt.host import Costs, PeakMeter, describe, one_thread, release_free_memory
+from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
 from pkt.methods.targeting.shards import LogitShards
-from pkt.methods.targeting.states import LostRowsError, StateShards
+from pkt.methods.targeting.states import StateShards
+from pkt.methods.targeting.sweeps import Sweeps
 from pkt.methods.targeting.task import DTYPES, Aligned, Attributing, Config, States, Task
 from pkt.output import MANIFEST, as_json, publish, run_folder
 from pkt.pairing import unlike_attention
-from pkt.records import LayerPair, Reading, Recording, Sample
+from pkt.records import LayerPair, Reading, Recording
 from pkt.semantics import save_map
-from pkt.stream import PAGE, CheckpointSource
-from pkt.sweep import AttributionSweep, Spool, Sweep, build_skeleton, durable
+from pkt.stream import CheckpointSource
+from pkt.sweep import build_skeleton, durable
 from pkt.targets import FOLDER, INDEX, index_text
-from pkt.workplace import tensor_folder
 
 __all__ = ["Aligned", "Attributing", "Config", "States", "Task", "pair_rows", "run"]
 
 MAPS = "maps"  # folder of M, in OUT
-MOST_REMADE = 3  # times that kept rows are made again
 
 Notify = Callable[[str, int, int], None]
 MakeMap = Callable[[Path], tuple[torch.Tensor, dict[str, Any]]]
@@ -88,7 +85,7 @@ def run(
         with costs.phase("skeleton"):
             skeleton = build_skeleton(task.teacher.folder, dtype, place)
         source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, place)
-        about = _Sweeps(task, skeleton, source, notify, costs)
+        about = Sweeps(task, skeleton, source, notify, costs)
         try:
             found: dict[str, Any] = {}
             states: StateShards | None = None
@@ -133,91 +130,8 @@ def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
     ]
 
 
-class _Sweeps:
-    """Sweeps of one teacher, over the weights of one source."""
-
-    def __init__(
-        self,
-        task: Task,
-        skeleton: Any,
-        source: CheckpointSource,
-        notify: Notify,
-        costs: Costs,
-    ) -> None:
-        self._task, self._skeleton, self._source = task, skeleton, source
-        self._notify, self._costs = notify, costs
-
-    def spool(self, records: Path, texts: Sequence[Sample]) -> Spool:
-        return Spool(
-            records,
-            [len(text.tokens) for text in texts],
-            self._task.teacher.hidden_size,
-            DTYPES[self._task.config.dtype],
-            tensor_folder(records, self._task.spool_dir),
-        )
-
-    def sweep(self, texts: Sequence[Sample], spool: Spool) -> Sweep:
-        return Sweep(**self._parts(texts, spool), batched=True)
-
-    def attribution(self, texts: Sequence[Sample], records: Path) -> AttributionSweep:
-        spool = self.spool(records, texts)
-        return AttributionSweep(**self._parts(texts, spool), every=self._task.plan.spool_every)
-
-    def release(self) -> None:
-        """Give the memory of the layer slots back until the next sweep."""
-        self._source.close()
-        release_free_memory()
-
-    def forward(self, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
-        """One pass, from wherever the spool stands; what is found damaged is made again."""
-        depth, remade = self._task.teacher.layers, 0
-        while True:
-            wanted = states.wanted() if states else set()
-            if not logits.finished:
-                wanted.add(depth)
-            if not wanted:
-                return
-            if states:
-                states.tap(sweep)
-            visits = {index: partial(_visit, index, sweep, logits, states) for index in wanted}
-            try:
-                sweep.forward(visits)
-            except LostRowsError as lost:
-                remade += 1
-                if remade > MOST_REMADE or not states:
-                    raise OutputError(
-                        f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
-                        "the disk is unreliable: continue on another with --spool-dir",
-                    ) from lost
-                states.forget(lost.damage.name)
-
-    def _parts(self, texts: Sequence[Sample], spool: Spool) -> dict[str, Any]:
-        embedding = self._task.teacher.embedding
-        row_bytes = embedding.bytes // embedding.shape[0]
-        return {
-            "skeleton": self._skeleton,
-            "checkpoint": self._task.teacher.checkpoint,
-            "seeds": texts,
-            "spool": spool,
-            "source": self._source,
-            "device": self._source.device,
-            "whole_layer": True,
-            "chunk_rows": max(1, (self._source.slot_bytes - PAGE) // row_bytes),
-            "notify": self._notify,
-            "seconds": self._costs.seconds,
-        }
-
-
-def _visit(index: int, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
-    """What is left to do at one boundary."""
-    if states:
-        states.at(index, sweep)
-    if index == len(sweep.skeleton.layers) and not logits.finished:
-        logits.write(sweep)
-
-
 def _pairs(
-    task: Task, work: Path, sweeps: _Sweeps, earlier: Mapping[str, Any] | None
+    task: Task, work: Path, sweeps: Sweeps, earlier: Mapping[str, Any] | None
 ) -> tuple[Sequence[LayerPair], dict[str, Any]]:
     """The pairs, and what a manifest says of how they were found."""
     assert task.states
