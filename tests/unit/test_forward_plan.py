@@ -85,7 +85,7 @@ def test_the_folder_of_the_records_is_named(teacher: Model) -> None:
 
 
 def with_states(teacher: Model, budget: int = 1 << 40, **options: Any) -> Plan:
-    settings: dict[str, Any] = {"dtype": "F32", "tokens": 5000, "longest": 200, "lengths": 9}
+    settings: dict[str, Any] = {"dtype": "F32", "tokens": 5000, "rows": 200, "shapes": 9}
     settings |= {"answers": 2000, "results": 10**6, "held": 10**5}
     return make_targets_plan(teacher, budget=(budget, "--max-ram"), **{**settings, **options})
 
