@@ -189,6 +189,25 @@ def test_compared_with_plain_lora_on_the_same_layers(bench: Bench, tmp_path: Pat
     assert found.folder == tmp_path / "out"
 
 
+def test_two_processes_learn_what_one_does(bench: Bench, tmp_path: Path) -> None:
+    given = bench.given("v1", max_steps=3, output_loss="kl")
+    given["teacher_targets"] = str(given["teacher_targets"])
+    one = package.train(str(bench.inputs.student), bench.data, tmp_path / "one", **given)
+    paths = [str(bench.inputs.student), str(bench.data), str(tmp_path / "two")]
+    words = {**given, "paths": paths, "processes": 2, "device": "cpu"}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        supervised.__file__, json.dumps(words),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    for ours, theirs in zip(one.metrics, map(json.loads, lines), strict=True):
+        for name in ("loss", "layer_loss", "output_loss"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4)
+
+
 # LoRA on some layers, the control
 
 
