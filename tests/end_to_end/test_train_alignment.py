@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,24 @@ import pytest
 import torch
 
 import pkt as package
-import supervised
 import tiny
 from commands import Inputs, build_inputs, pkt, write_seeds
 from pkt.adapter import read_factors
 from pkt.api import prepare_training
-from pkt.compare import Arm, compare
 from pkt.errors import DataError, IncompatibleError, PktError, UsageError
 from runs import contents
-from supervised import drawn, reading, remember
 
 QUICK: dict[str, Any] = {
     "batch_size": 4, "micro_batch": 2, "lr": 1e-2, "gradient_checkpointing": False,
     "dropout": 0.0, "warmup": 0.0,
 }  # fmt: skip
+#: `pkt.train` with what the first argument, a JSON object, says.
+RUN = """
+import json, sys, torch, pkt
+given = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+pkt.train(*given.pop("paths"), **given)
+"""
 OBJECTIVES = {"v1": "mlp", "v2": "span", "acl": "hidden", "hidden-mse": "hidden"}
 
 
@@ -41,15 +44,14 @@ class Bench:
         self.inputs: Inputs = build_inputs(folder)
         rows = [{"question": f"is tag {i}", "answer": f"dog and kid {i * i}"} for i in range(12)]
         self.data = write_seeds(folder / "data.jsonl", rows)
-        self.samples = prepare_training(str(self.inputs.student), self.data).samples
         for interface in ("mlp", "span", "hidden"):
-            self.write(folder / interface, (1, 3), interface=interface)
+            self.write(folder / interface, "1:1,4:3", interface=interface)
 
-    def write(self, out: Path, layers: tuple[int, ...], width: int = 32, **more: Any) -> Path:
+    def write(self, out: Path, pairs: str, student: Path | None = None, **more: Any) -> Path:
         package.write_targets(
-            str(self.inputs.teacher), str(self.inputs.student), self.data, out, top_k=16
-        )
-        remember(out, drawn(self.samples, layers, width, 128, **more))
+            str(self.inputs.teacher), str(student or self.inputs.student), self.data, out,
+            top_k=16, states=True, pairs=pairs, **more,
+        )  # fmt: skip
         return out
 
     def given(self, objective: str, **options: Any) -> dict[str, Any]:
@@ -59,12 +61,6 @@ class Bench:
     def train(self, out: Path, objective: str, **options: Any) -> package.records.Tuning:
         given = self.given(objective, **{"max_steps": 6, **options})
         return package.train(str(self.inputs.student), self.data, out, **given)
-
-
-@pytest.fixture(autouse=True)
-def _reading() -> Iterator[None]:
-    with reading():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +79,7 @@ def test_a_run_trains_the_paired_layers_and_says_so(
     assert options["layers"] == [1, 3]
     assert options["targets"] == ["up", "down", "v", "o"]
     assert options["epochs"] == 5
-    assert targets["pairs"] == [[1, 1, 0], [3, 3, 0]]
+    assert targets["pairs"] == [[1, 1, 0], [4, 3, 0]]
     assert targets["interface"] == OBJECTIVES[objective]
     factors = read_factors(tmp_path / "out")
     assert len(factors) == 2 * 4
@@ -131,7 +127,7 @@ def test_killed_and_continued_ends_with_the_same_bytes(
     out = tmp_path / "killed"
     words = {**given, "paths": [str(bench.inputs.student), str(bench.data), str(out)]}
     for step in (2, 8):
-        command = [sys.executable, supervised.__file__, json.dumps(words)]
+        command = [sys.executable, "-c", RUN, json.dumps(words)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         mark = out / ".work" / "checkpoints" / f"checkpoint-{step}" / "complete.json"
         while not mark.exists() and process.poll() is None:
@@ -173,32 +169,18 @@ def test_exported_and_evaluated(bench: Bench, tmp_path: Path) -> None:
     assert scored.code == 0, scored.err
 
 
-def test_compared_with_plain_lora_on_the_same_layers(bench: Bench, tmp_path: Path) -> None:
-    aligned = {"init": "lora", **bench.given("v2")}
-    aligned["teacher_targets"] = str(aligned["teacher_targets"])
-    plain = {"init": "lora", "layers": (1, 3), "targets": ("up", "down", "v", "o")}
-    arms = [Arm("v2", "", None, aligned), Arm("plain", "", None, plain)]
-    found = compare(
-        str(bench.inputs.teacher), str(bench.inputs.student), bench.data, bench.data, bench.data,
-        tmp_path / "out", arms=arms, lrs=[1e-2], repeats=2, train={**QUICK, "max_steps": 4},
-    )  # fmt: skip
-    assert [arm.knows_teacher for arm in arms] == [True, False]
-    cells = [json.loads(p.read_text()) for p in (tmp_path / "out" / "details").glob("*.json")]
-    assert {cell["trainable"] for cell in cells} == {cells[0]["trainable"]}
-    assert {cell["arm"] for cell in cells} == {"v2", "plain"}
-    assert found.folder == tmp_path / "out"
-
-
 def test_two_processes_learn_what_one_does(bench: Bench, tmp_path: Path) -> None:
     given = bench.given("v1", max_steps=3, output_loss="kl")
     given["teacher_targets"] = str(given["teacher_targets"])
     one = package.train(str(bench.inputs.student), bench.data, tmp_path / "one", **given)
     paths = [str(bench.inputs.student), str(bench.data), str(tmp_path / "two")]
     words = {**given, "paths": paths, "processes": 2, "device": "cpu"}
+    program = tmp_path / "run.py"
+    program.write_text(RUN)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        supervised.__file__, json.dumps(words),
+        str(program), json.dumps(words),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -280,22 +262,15 @@ def test_targets_that_do_not_fit_the_run(bench: Bench, tmp_path: Path) -> None:
         IncompatibleError, "needs activations of interface span, found 'hidden'", "v2",
         teacher_targets=bench.folder / "hidden",
     )  # fmt: skip
-    deep = bench.write(tmp_path / "deep", (2, 4), interface="mlp")
-    refused(IncompatibleError, "pair 4:4: expected a student layer from 1 to 3",
-            teacher_targets=deep)  # fmt: skip
-    wide = bench.write(tmp_path / "wide", (2,), width=48, interface="mlp")
-    refused(IncompatibleError, "to a width of 48, expected 32", teacher_targets=wide)
+    for number, size in enumerate(({"layers": 4}, {"hidden": 48})):
+        unlike = tiny.build("llama", tmp_path / f"student-{number}", "student", vocab=128, **size)
+        tiny.write_tokenizer(unlike, 128)
+        theirs = bench.write(tmp_path / f"said-{number}", "2:2", unlike, interface="mlp")
+        refused(IncompatibleError, "mapped to another student", teacher_targets=theirs)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(bench.data.read_text().replace("dog", "pig", 1))
     refused(DataError, "the training data have changed since", data=changed)
     refused(UsageError, "expected a folder that pkt align wrote", teacher_targets=tmp_path)
     other = tiny.build("llama", tmp_path / "other", "student", vocab=128, intermediate=60)
     tiny.write_tokenizer(other, 128)
-    manifest = bench.folder / "mlp" / "pkt_manifest.json"
-    before = manifest.read_text()
-    hashes = prepare_training(str(other), bench.data).student.hashes()
-    try:  # as the manifest of targets with states says whose they are
-        manifest.write_text(json.dumps({**json.loads(before), "student": hashes}))
-        refused(IncompatibleError, "mapped to another student")
-    finally:
-        manifest.write_text(before)
+    refused(IncompatibleError, "mapped to another student", student=other)
