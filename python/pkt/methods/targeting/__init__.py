@@ -23,6 +23,7 @@ import torch
 from pkt.errors import OutputError
 from pkt.host import Costs, PeakMeter, describe, one_thread, release_free_memory
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
+from pkt.methods.targeting.online import LiveTargets
 from pkt.methods.targeting.shards import LogitShards
 from pkt.methods.targeting.states import LostRowsError, StateShards
 from pkt.methods.targeting.task import DTYPES, Aligned, Attributing, Config, States, Task
@@ -31,11 +32,21 @@ from pkt.pairing import unlike_attention
 from pkt.records import LayerPair, Reading, Recording, Sample
 from pkt.semantics import save_map
 from pkt.stream import PAGE, CheckpointSource
-from pkt.sweep import AttributionSweep, Spool, Sweep, build_skeleton, durable
+from pkt.sweep import AttributionSweep, ResidentSweep, Spool, Sweep, build_skeleton, durable
 from pkt.targets import FOLDER, INDEX, index_text
 from pkt.workplace import tensor_folder
 
-__all__ = ["Aligned", "Attributing", "Config", "States", "Task", "pair_rows", "run"]
+__all__ = [
+    "Aligned",
+    "Attributing",
+    "Config",
+    "LiveTargets",
+    "States",
+    "Task",
+    "hold",
+    "pair_rows",
+    "run",
+]
 
 MAPS = "maps"  # folder of M, in OUT
 MOST_REMADE = 3  # times that kept rows are made again
@@ -116,6 +127,59 @@ def run(
     return Recording(folder, found, record)
 
 
+def hold(
+    task: Task,
+    work: Path,
+    *,
+    logits: bool,
+    io: Reading,
+    device: torch.device,
+    notify: Notify = lambda phase, done, total: None,
+    make_map: MakeMap | None = None,
+    paired: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> tuple[LiveTargets, dict[str, Any]]:
+    """The targets without writing them: the whole teacher is read into memory and stays there.
+
+    Attribution, where pairs follow from it, streams the teacher before; its result and the map stay
+    in ``work`` for a run that is continued.
+
+    Args:
+        task: opened inputs and options.
+        work: OUT/.work of the run that learns, which is locked.
+        logits: whether they are learnt from.
+        io: mmap, buffered or direct, and why.
+        device: where the teacher is held.
+        notify: as of `run`.
+        make_map: as of `run`.
+        paired: as of `run`.
+
+    Returns:
+        the targets, and what a manifest says of pairs and heads.
+
+    Raises:
+        PktError: and its subclasses, see `pkt.errors`.
+
+    """
+    config, costs = task.config, Costs()
+    records, dtype = work / "spool", DTYPES[config.dtype]
+    skeleton = build_skeleton(task.teacher.folder, dtype, device)
+    source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, device)
+    about = _Sweeps(task, skeleton, source, notify, costs)
+    try:
+        pairs: Sequence[LayerPair] = ()
+        matrix, found = None, {}
+        if task.states:
+            pairs, found = _pairs(task, work, about, None)
+            if task.states.attributing:
+                paired(pair_rows(task, pairs))
+            matrix, heads = _map(task, work, {}, make_map, costs)
+            found |= {"pairs": pair_rows(task, pairs), **heads}
+        about.release()
+        return LiveTargets(task, about.resident(records), pairs, matrix, logits=logits), found
+    finally:
+        source.close()
+
+
 def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
     """Each pair with the attention of both layers, JSON."""
     theirs, ours = task.kinds
@@ -162,6 +226,15 @@ class _Sweeps:
     def attribution(self, texts: Sequence[Sample], records: Path) -> AttributionSweep:
         spool = self.spool(records, texts)
         return AttributionSweep(**self._parts(texts, spool), every=self._task.plan.spool_every)
+
+    def resident(self, records: Path) -> ResidentSweep:
+        """The whole teacher, for one text at a time."""
+        lengths = [len(text.tokens) for text in self._task.texts]
+        dtype = DTYPES[self._task.config.dtype]
+        spool = Spool(records, lengths, self._task.teacher.hidden_size, dtype)
+        sweep = ResidentSweep(**self._parts(self._task.texts, spool))
+        sweep.hold()
+        return sweep
 
     def release(self) -> None:
         """Give the memory of the layer slots back until the next sweep."""
