@@ -40,7 +40,7 @@ class Aligning:
     """An alignment that is planned: both runs' inputs are open, and their options agree."""
 
     targets: targeting.Task
-    folder: Path | None  #: of the targets; None: the teacher stays in memory
+    folder: Path  #: of the targets, where any are written
     student: str
     data: Path
     training: Mapping[str, Any]  #: options of `prepare_training`
@@ -146,8 +146,6 @@ def prepare_align(
         "targets": modules, "teacher_targets": None if online else folder,
         "supervised": thought_online(task, choice, io, paired) if online else None,
     }  # fmt: skip
-    if online:
-        return Aligning(task, None, student, Path(data), {**training, **read, **learnt})
     return Aligning(task, folder, student, Path(data), {**training, **read, **learnt})
 
 
@@ -190,7 +188,7 @@ def align(
 
     """
     made = prepare_align(teacher, student, data, output_dir, io=io, **options)
-    if made.folder:
+    if not made.targets.resident:
         execute_targets(
             made.targets, made.folder, io=io, device=device, overwrite=overwrite, notify=notify
         )

@@ -88,7 +88,7 @@ def said_online(task: Task, distill: str, weight: float) -> Online:
             task, work, logits=True, io=_reading(task, "auto"), device=place, notify=notify
         )
         rows = task.config.rows
-        made = (
+        made: Any = (
             WholeDistillation(targets.whole, rows, weight)
             if distill == "kl"
             else Distillation(targets.of, rows, weight)
@@ -116,7 +116,7 @@ def thought_online(task: Task, choice: Choice, io: IoMode | Reading, paired: Pai
             task, work, logits=choice.wants_logits, io=chosen, device=place, notify=notify,
             make_map=map_maker(task, chosen.mode, str(place), notify), paired=paired,
         )  # fmt: skip
-        objective = ALIGNMENTS[choice.objective](
+        objective: Any = ALIGNMENTS[choice.objective](
             targets, interface, depth, task.config.rows, choice.output_loss or "cosine",
             choice.kl_weight,
         )  # fmt: skip

@@ -167,7 +167,8 @@ def hold(
     about = _Sweeps(task, skeleton, source, notify, costs)
     try:
         pairs: Sequence[LayerPair] = ()
-        matrix, found = None, {}
+        matrix: torch.Tensor | None = None
+        found: dict[str, Any] = {}
         if task.states:
             pairs, found = _pairs(task, work, about, None)
             if task.states.attributing:

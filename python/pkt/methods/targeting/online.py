@@ -65,7 +65,7 @@ class LiveTargets:
         logits: bool,
     ) -> None:
         self.top_k = task.config.top_k  #: k; 0: there are no logits
-        self.answers = task.answers  #: tokens of each example
+        self.answers: Sequence[int] = task.answers  #: tokens of each example
         self.pairs = tuple(pairs)  #: the layers that have states, by student layer
         self.interface = task.states.interface if task.states else None
         self.map = task.states.map if task.states else None
