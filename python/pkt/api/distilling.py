@@ -35,7 +35,8 @@ def require_pair(distill: str | None, folder: str | Path | None, weight: float) 
     if distill and not folder:
         raise UsageError(
             f"--distill {distill}: from which teacher?",
-            "add --teacher-targets DIR, which pkt align --targets-only writes",
+            "add --teacher-targets DIR, which pkt align --targets-only writes, or --online "
+            "--teacher MODEL",
         )
     if folder and not distill:
         raise UsageError("--teacher-targets: not used without --distill", "add --distill topk-kl")
@@ -129,10 +130,11 @@ def open_targets(
     return Opened(targets, rows, origin, manifest.get("student"))
 
 
-def no_logits(folder: Path, option: str) -> IncompatibleError:
+def no_logits(folder: Path | None, option: str) -> IncompatibleError:
     """The error for targets between two vocabularies, where logits are wanted."""
+    lacking = f"{folder} holds no logits" if folder else "there are no logits to learn from"
     return IncompatibleError(
-        f"{option}: {folder} holds no logits: teacher and student have different tokenizers",
+        f"{option}: {lacking}: teacher and student have different tokenizers",
         "take an objective without the KL, or a teacher of the student's tokenizer",
     )
 

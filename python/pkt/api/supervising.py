@@ -160,7 +160,7 @@ def open_supervisor(
     )  # fmt: skip
     if objective.needs_logits and not targets.top_k:
         raise no_logits(folder, f"--objective {choice.objective}")
-    _require_rows(where, choice, targets)
+    require_rows(where, choice, targets)
     origin = {
         **opened.origin,
         "interface": interface,
@@ -183,7 +183,8 @@ def _require_student(where: str, written: Mapping[str, Any] | None, student: Mod
         )
 
 
-def _require_rows(where: str, choice: Choice, targets: Any) -> None:
+def require_rows(where: str, choice: Choice, targets: Any) -> None:
+    """Raise `DataError` unless an example has as many activations as the objective compares."""
     least = 2 if choice.objective == "v2" else 1
     if max(len(targets.aligned(example)) for example in range(len(targets.answers))) < least:
         why = "compares answer tokens of an example with one another" if least > 1 else "needs one"

@@ -16,8 +16,9 @@ from pkt.card import loss_unit
 from pkt.cli import options
 from pkt.cli.environment import aliases, processes
 from pkt.cli.options import Session
+from pkt.cli.pairing import ranking_table
 from pkt.cli.steps import Steps
-from pkt.cli.tables import aligned, format_count
+from pkt.cli.tables import aligned, format_count, resident_plan_table
 from pkt.config import format_bytes
 from pkt.errors import InterruptError, UsageError
 from pkt.output import TUNED, finished
@@ -34,7 +35,7 @@ SCHEDULE = (
 _INPUTS = (
     "init", "norms_from", "eval_data", "start", "rank", "targets", "embeddings", "dropout",
     "template", "max_tokens", "max_examples", "dtype", "max_ram", "distill", "teacher_targets",
-    "distill_weight", "layers",
+    "distill_weight", "layers", "online", "teacher", "top_k",
 )  # fmt: skip
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path)
@@ -116,6 +117,16 @@ fitting = options.together(
     "--teacher-targets", type=_FILE, metavar="DIR",
     help="These logits, as pkt align --targets-only wrote them for this data.",
 )  # fmt: skip
+@click.option(
+    "--online", is_flag=True,
+    help="With --distill: the teacher stays in memory; no targets, the same numbers.",
+)  # fmt: skip
+@click.option(
+    "--teacher", metavar="MODEL", help="With --online: large model: folder, hub id or alias."
+)
+@click.option(
+    "--top-k", type=_POSITIVE, metavar="K", help="With --online: logits of topk-kl.  [default: 64]"
+)
 @click.option(
     "--distill-weight", type=float, default=1.0, show_default=True, metavar="W",
     help="Loss: W times the divergence, 1 - W times the labels' cross-entropy.",
@@ -207,6 +218,8 @@ def perform(session: Session, task: Task, given: Mapping[str, Any], say: bool) -
         steps.close()
     if say:
         tell("\n" + _summary(made))
+        if "attribution" in made.manifest:
+            tell(f"\n{ranking_table(made.manifest)}")
     return made
 
 
@@ -243,12 +256,17 @@ def _plan(task: Task) -> str:
     if task.held_out:
         held = task.held_out
         rows.append(("held out", f"{len(held.samples)} examples, {held.loss_tokens} in the loss"))
-    return "plan\n" + aligned(rows, indent=2)
+    text = "plan\n" + aligned(rows, indent=2)
+    if task.online:
+        text += f"\n\nwith the teacher in memory, {resident_plan_table(task.online.plan)}"
+    return text
 
 
 def _aligned_rows(config: Config, teacher: Mapping[str, Any]) -> list[tuple[str, str]]:
     chosen: Mapping[str, Any] = config.alignment or {}
-    pairs = ", ".join(f"{ours} of {theirs + mix:g}" for theirs, ours, mix in teacher["pairs"])
+    pairs = ", ".join(
+        f"{ours} of {theirs + mix:g}" for theirs, ours, mix in teacher.get("pairs", ())
+    )
     family, layers = (teacher["teacher"].get(name) for name in ("family", "layers"))
     beside = f", beside it the output's {chosen['output_loss']}" if "output_loss" in chosen else ""
     if chosen.get("kl_weight", 1) != 1:
@@ -258,7 +276,7 @@ def _aligned_rows(config: Config, teacher: Mapping[str, Any]) -> list[tuple[str,
             "learns",
             f"{chosen['objective']} from {teacher['interface']} through {teacher['map']}{beside}",
         ),
-        ("layers", f"{pairs}: of the {layers} of a {family}"),
+        ("layers", f"{pairs or 'by attribution'}: of the {layers} of a {family}"),
     ]
 
 

@@ -21,6 +21,7 @@ import torch
 
 from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
+from pkt.methods.targeting.online import LiveTargets
 from pkt.methods.targeting.shards import LogitShards
 from pkt.methods.targeting.states import StateShards
 from pkt.methods.targeting.sweeps import Sweeps
@@ -33,7 +34,17 @@ from pkt.stream import CheckpointSource
 from pkt.sweep import build_skeleton, durable
 from pkt.targets import FOLDER, INDEX, index_text
 
-__all__ = ["Aligned", "Attributing", "Config", "States", "Task", "pair_rows", "run"]
+__all__ = [
+    "Aligned",
+    "Attributing",
+    "Config",
+    "LiveTargets",
+    "States",
+    "Task",
+    "hold",
+    "pair_rows",
+    "run",
+]
 
 MAPS = "maps"  # folder of M, in OUT
 
@@ -111,6 +122,60 @@ def run(
         record = {**_cost(task, source, io, costs, peak), "weights": weights}
         publish(folder, staged, {"pkt_run.json": as_json(record), MANIFEST: as_json(found)})
     return Recording(folder, found, record)
+
+
+def hold(
+    task: Task,
+    work: Path,
+    *,
+    logits: bool,
+    io: Reading,
+    device: torch.device,
+    notify: Notify = lambda phase, done, total: None,
+    make_map: MakeMap | None = None,
+    paired: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> tuple[LiveTargets, dict[str, Any]]:
+    """The targets without writing them: the whole teacher is read into memory and stays there.
+
+    Attribution, where pairs follow from it, streams the teacher before; its result and the map stay
+    in ``work`` for a run that is continued.
+
+    Args:
+        task: opened inputs and options.
+        work: OUT/.work of the run that learns, which is locked.
+        logits: whether they are learnt from.
+        io: mmap, buffered or direct, and why.
+        device: where the teacher is held.
+        notify: as of `run`.
+        make_map: as of `run`.
+        paired: as of `run`.
+
+    Returns:
+        the targets, and what a manifest says of pairs and heads.
+
+    Raises:
+        PktError: and its subclasses, see `pkt.errors`.
+
+    """
+    config, costs = task.config, Costs()
+    records, dtype = work / "spool", DTYPES[config.dtype]
+    skeleton = build_skeleton(task.teacher.folder, dtype, device)
+    source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, device)
+    about = Sweeps(task, skeleton, source, notify, costs)
+    try:
+        pairs: Sequence[LayerPair] = ()
+        matrix: torch.Tensor | None = None
+        found: dict[str, Any] = {}
+        if task.states:
+            pairs, found = _pairs(task, work, about, None)
+            if task.states.attributing:
+                paired(pair_rows(task, pairs))
+            matrix, heads = _map(task, work, {}, make_map, costs)
+            found |= {"pairs": pair_rows(task, pairs), **heads}
+        about.release()
+        return LiveTargets(task, about.resident(records), pairs, matrix, logits=logits), found
+    finally:
+        source.close()
 
 
 def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pkt.methods.targeting.states import LostRowsError, StateShards
 from pkt.methods.targeting.task import DTYPES, Task
 from pkt.records import Sample
 from pkt.stream import PAGE, CheckpointSource
-from pkt.sweep import AttributionSweep, Spool, Sweep
+from pkt.sweep import AttributionSweep, ResidentSweep, Spool, Sweep
 from pkt.workplace import tensor_folder
 
 MOST_REMADE = 3  # times that kept rows are made again
@@ -54,6 +54,15 @@ class Sweeps:
         """A sweep that attributes; its spool lies in a folder of its own."""
         spool = self.spool(records, texts)
         return AttributionSweep(**self._parts(texts, spool), every=self._task.plan.spool_every)
+
+    def resident(self, records: Path) -> ResidentSweep:
+        """The whole teacher, for one text at a time."""
+        lengths = [len(text.tokens) for text in self._task.texts]
+        dtype = DTYPES[self._task.config.dtype]
+        spool = Spool(records, lengths, self._task.teacher.hidden_size, dtype)
+        sweep = ResidentSweep(**self._parts(self._task.texts, spool))
+        sweep.hold()
+        return sweep
 
     def release(self) -> None:
         """Give the memory of the layer slots back until the next sweep."""

@@ -97,6 +97,7 @@ class Task:
     shared: SharedTokens | None = None  #: of both vocabularies, where states are mapped
     aligned: Aligned | None = None  #: ``None``: both models read the same tokens
     kinds: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  #: attention of either one's layers
+    resident: bool = False  #: the teacher is to stay in memory, nothing is written
 
     @property
     def texts(self) -> tuple[Sample, ...]:
