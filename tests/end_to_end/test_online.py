@@ -316,3 +316,30 @@ def test_a_damaged_teacher_is_named(bench: Bench, tmp_path: Path) -> None:
     refused = pkt(*words, "--pairs", "4:3")
     assert refused.code == 1
     assert "model.layers.2.mlp.up_proj.weight" in refused.error
+
+
+def test_an_unfinished_run_goes_on_with_the_same_weights(bench: Bench, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(bench.inputs.teacher, teacher)
+    chosen = {"teacher": teacher, "objective": "v2", "online": True}
+    whole = bench.align(tmp_path / "whole", **chosen)
+    for moment in (1, 3):  # while layers are attributed, and before the first step
+        told: list[str] = []
+
+        def stop(told: list[str] = told, moment: int = moment) -> bool:
+            return len(told) > 2 * moment**2
+
+        with pytest.raises(KeyboardInterrupt):
+            bench.align(
+                tmp_path / "out", stop=stop,
+                metrics=lambda phase, *rest, told=told: told.append(phase), **chosen,
+            )  # fmt: skip
+    weights = teacher / "model.safetensors"
+    os.utime(weights, (1, 1))
+    refused = pkt(
+        *bench.words("align", tmp_path / "out", "--teacher", teacher, "--objective", "v2")
+    )
+    assert refused.code == 1
+    assert "weights" in refused.error
+    made = bench.align(tmp_path / "out", overwrite=True, **chosen)
+    assert made.metrics == whole.metrics

@@ -95,7 +95,7 @@ def said_online(task: Task, distill: str, weight: float) -> Online:
         )
         return Taught(made, None, found, targets.close)
 
-    return Online(_origin(task), task.plan, teach)
+    return Online(_origin(task), task.teacher.checkpoint.state(), task.plan, teach)
 
 
 def thought_online(task: Task, choice: Choice, io: IoMode | Reading, paired: Paired) -> Online:
@@ -123,7 +123,7 @@ def thought_online(task: Task, choice: Choice, io: IoMode | Reading, paired: Pai
         require_rows("--online", choice, targets)
         return Taught(objective, objective.layers, found, targets.close)
 
-    return Online(_origin(task), task.plan, teach)
+    return Online(_origin(task), task.teacher.checkpoint.state(), task.plan, teach)
 
 
 def require_both_fit(plan: Plan, device: str) -> None:

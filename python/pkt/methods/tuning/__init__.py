@@ -88,6 +88,8 @@ def run(
     """
     place, costs, peak = torch.device(device), Costs(), PeakMeter()
     identity = {**task.identity(), "device": place.type}
+    if task.online:
+        identity["weights"] = dict(task.online.weights)
     small = task.student.hidden_size < SMALL_WIDTH
     with (
         peak.running(),

@@ -51,6 +51,7 @@ class Online:
     """A teacher that stays in memory while the student learns."""
 
     origin: Mapping[str, Any]  #: what makes it this teacher, for the manifest
+    weights: Mapping[str, int]  #: state of its files: an unfinished run goes on with these alone
     plan: Plan  #: of both
     teach: Callable[[Path, torch.device, Callable[[str, int, int], None]], Taught]
     """Reads it; given OUT/.work, where to, and what is told of progress."""
