@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "span": {"interface": "span", "pair_by": "attribution"},
     "mlp": {"interface": "mlp", "interpolate": True},
+    "flex": {"interface": "span", "map": "flex"},
 }
 
 

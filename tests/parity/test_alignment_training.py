@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import tiny
 from pkt.api import prepare_training
 from pkt.methods.tuning.model import load_student
 from pkt.records import LayerPair, LowRank, SampleSet

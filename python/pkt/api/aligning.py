@@ -24,6 +24,7 @@ from pkt.api.mapped import (
     Interface,
     PairBy,
     aligned_texts,
+    fitted_plan,
     layers_of,
     map_maker,
     mapped_plan,
@@ -88,7 +89,7 @@ def prepare_targets(
         interface: ``mlp`` or ``attn``, what that sub-layer adds to the residual stream; ``block``,
             what the layer does; ``hidden``, the state behind it; ``span``, the state behind it less
             that behind the layer paired with the student's layer below.
-        map: what carries them over: cosine, dual, embedding, random or truncate.
+        map: what carries them over, of `pkt.semantics.MAPS`.
         pairs: ``T:S,…``, layers from 1; ``None``: by a rule.
         critical: so many teacher layers of highest attribution lead to pairs; 0: every student
             layer has one.
@@ -98,7 +99,8 @@ def prepare_targets(
         states_dtype: stored in: bfloat16, float16 or float32.
         attribution: ``signed`` or ``abs``: the absolute value is taken of the sum, or of each
             element.
-        attribution_examples: the first so many examples are attributed.
+        attribution_examples: the first so many examples are attributed, and are what the maps
+            ridge, procrustes and flex are fitted on.
         fold_norm: whether the final norms belong to the heads that the map is made from.
         seed: of the map ``random``.
         allow_low_coverage: accept vocabularies that share less than half of the smaller one, and
@@ -181,6 +183,7 @@ def prepare_targets(
         if wanted else None,
         attributed=Attributed(sum(lengths), max(lengths))
         if wanted and wanted.attributing else None,
+        fitted=fitted_plan(wanted, samples, aligned),
         budget=budget(max_ram), room=room(Path(output_dir), Path(spool_dir) if spool_dir else None),
     )  # fmt: skip
     if wanted is None:

@@ -64,7 +64,7 @@ def make_forward_plan(
     products = min(MOST_PRODUCTS, shapes * kinds) * PRODUCT_BYTES if dtype == "BF16" else 0
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
-        weights, used = _forward_parts(teacher, slots, dtype, rows)
+        weights, used = forward_parts(teacher, slots, dtype, rows)
         shared = [PlanPart("torch, transformers, peft", BASE_BYTES), *weights]
         if products:
             shared.append(
@@ -152,7 +152,7 @@ def make_align_plan(
         sweeps = [
             (base, kept, *weights, *used)
             for model, dtype, most in zip(models, dtypes, rows, strict=True)
-            for weights, used in [_forward_parts(model, slots, dtype, most)]
+            for weights, used in [forward_parts(model, slots, dtype, most)]
         ]
         return tuple(max((heads, lens, alike, *sweeps), key=total_bytes))
 
@@ -176,7 +176,7 @@ def make_align_plan(
     )
 
 
-def _forward_parts(
+def forward_parts(
     model: Model, slots: int, dtype: str, rows: int
 ) -> tuple[list[PlanPart], list[PlanPart]]:
     """What one layer's forward pass holds: weights, and what is made of a batch."""

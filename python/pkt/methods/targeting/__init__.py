@@ -5,7 +5,8 @@ answer token and the sum over all of them, and from its activations, mapped to t
 (`pkt.targets`). Every example goes through layer i before any meets layer i + 1, as in an
 extraction, so the teacher is read once, whatever the number of examples; only the hidden states
 before and behind the layer in use are on the disk, and of earlier ones the rows still needed. Where
-the layers are chosen by attribution it is read twice more, for a few examples.
+the layers are chosen by attribution it is read twice more, for a few examples, and once more where
+a map is fitted on its activations.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from typing import Any
 import torch
 
 from pkt.errors import OutputError
-from pkt.host import Costs, PeakMeter, describe, one_thread, release_free_memory
+from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
+from pkt.methods.targeting.fitting import Carry, fitted, map_file
 from pkt.methods.targeting.shards import LogitShards
 from pkt.methods.targeting.states import LostRowsError, StateShards
-from pkt.methods.targeting.task import DTYPES, Aligned, Attributing, Config, States, Task
+from pkt.methods.targeting.sweeps import Sweeps
+from pkt.methods.targeting.task import Aligned, Attributing, Config, States, Task
 from pkt.output import MANIFEST, as_json, publish, run_folder
 from pkt.pairing import unlike_attention
-from pkt.records import LayerPair, Reading, Recording, Sample
+from pkt.records import LayerPair, Reading, Recording
 from pkt.semantics import save_map
-from pkt.stream import PAGE, CheckpointSource
-from pkt.sweep import AttributionSweep, Spool, Sweep, build_skeleton, durable
+from pkt.stream import CheckpointSource
+from pkt.sweep import Sweep, durable
 from pkt.targets import FOLDER, INDEX, index_text
-from pkt.workplace import tensor_folder
 
 __all__ = ["Aligned", "Attributing", "Config", "States", "Task", "pair_rows", "run"]
 
@@ -72,11 +74,14 @@ def run(
         PktError: and its subclasses, see `pkt.errors`.
 
     """
-    config, place = task.config, torch.device(device)
-    dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
-    weights = task.teacher.checkpoint.state()
+    place = torch.device(device)
+    costs, peak = Costs(), PeakMeter()
+    weights = _weights(task)
     identity = {**task.identity(), "device": place.type, "weights": weights}
-    earlier, maps = _earlier(folder, weights) if task.states else (None, {})
+    earlier: dict[str, Any] | None = None
+    maps: dict[str, bytes] = {}
+    if task.states:
+        earlier, maps = _earlier(folder, weights, fitting=task.states.fitted_on > 0)
     with (
         peak.running(),
         one_thread(task.teacher.small),
@@ -85,10 +90,9 @@ def run(
         records, staged = work / "spool", work / "result"
         for needed in (records, staged, staged / FOLDER):
             needed.mkdir(exist_ok=True)
-        with costs.phase("skeleton"):
-            skeleton = build_skeleton(task.teacher.folder, dtype, place)
-        source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, place)
-        about = _Sweeps(task, skeleton, source, notify, costs)
+        opened = partial(Sweeps, task, io=io.mode, device=place, notify=notify, costs=costs)
+        about = opened(task.teacher)
+        source = about.source
         try:
             found: dict[str, Any] = {}
             states: StateShards | None = None
@@ -96,21 +100,30 @@ def run(
             if task.states:
                 # 1. The layers that the answers hang on, and the pairs; 2. the map between them.
                 pairs, found = _pairs(task, work, about, earlier)
-                if task.states.attributing:
+                if task.states.pairs is None:
                     paired(pair_rows(task, pairs))
-                matrix, heads = _map(task, work, maps, make_map, costs)
-                found |= heads
-                states = StateShards(task, pairs, matrix, staged / FOLDER, spool)
+                channels = found.get("attribution", {}).pop("channels", [])
+                _held_maps(work, maps)
+                if task.states.fitted_on:
+                    assert task.student
+                    carry, about_maps = fitted(
+                        task, work, about, partial(opened, task.student), pairs, channels, notify,
+                        costs,
+                    )  # fmt: skip
+                else:
+                    carry, about_maps = _map(task, work, make_map, costs)
+                found |= about_maps
+                states = StateShards(task, pairs, carry, staged / FOLDER, spool)
             logits = LogitShards(task, staged / FOLDER, spool)
             # 3. Every example through every layer, whose states are mapped as it is passed;
             # 4. from the last hidden states, the logits.
-            about.forward(about.sweep(task.texts, spool), logits, states)
+            _forward(about.sweep(task.texts, spool), logits, states)
         finally:
             source.close()
         _write_index(task, staged / FOLDER / INDEX, logits, states)
         found = {**task.identity(), **logits.means(), **_told(task, found, states)}
         if states:
-            _stage(task, work, staged, found)
+            _stage(task, states.index.pairs, work, staged, found)
         record = {**_cost(task, source, io, costs, peak), "weights": weights}
         publish(folder, staged, {"pkt_run.json": as_json(record), MANIFEST: as_json(found)})
     return Recording(folder, found, record)
@@ -133,79 +146,28 @@ def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
     ]
 
 
-class _Sweeps:
-    """Sweeps of one teacher, over the weights of one source."""
-
-    def __init__(
-        self,
-        task: Task,
-        skeleton: Any,
-        source: CheckpointSource,
-        notify: Notify,
-        costs: Costs,
-    ) -> None:
-        self._task, self._skeleton, self._source = task, skeleton, source
-        self._notify, self._costs = notify, costs
-
-    def spool(self, records: Path, texts: Sequence[Sample]) -> Spool:
-        return Spool(
-            records,
-            [len(text.tokens) for text in texts],
-            self._task.teacher.hidden_size,
-            DTYPES[self._task.config.dtype],
-            tensor_folder(records, self._task.spool_dir),
-        )
-
-    def sweep(self, texts: Sequence[Sample], spool: Spool) -> Sweep:
-        return Sweep(**self._parts(texts, spool), batched=True)
-
-    def attribution(self, texts: Sequence[Sample], records: Path) -> AttributionSweep:
-        spool = self.spool(records, texts)
-        return AttributionSweep(**self._parts(texts, spool), every=self._task.plan.spool_every)
-
-    def release(self) -> None:
-        """Give the memory of the layer slots back until the next sweep."""
-        self._source.close()
-        release_free_memory()
-
-    def forward(self, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
-        """One pass, from wherever the spool stands; what is found damaged is made again."""
-        depth, remade = self._task.teacher.layers, 0
-        while True:
-            wanted = states.wanted() if states else set()
-            if not logits.finished:
-                wanted.add(depth)
-            if not wanted:
-                return
-            if states:
-                states.tap(sweep)
-            visits = {index: partial(_visit, index, sweep, logits, states) for index in wanted}
-            try:
-                sweep.forward(visits)
-            except LostRowsError as lost:
-                remade += 1
-                if remade > MOST_REMADE or not states:
-                    raise OutputError(
-                        f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
-                        "the disk is unreliable: continue on another with --spool-dir",
-                    ) from lost
-                states.forget(lost.damage.name)
-
-    def _parts(self, texts: Sequence[Sample], spool: Spool) -> dict[str, Any]:
-        embedding = self._task.teacher.embedding
-        row_bytes = embedding.bytes // embedding.shape[0]
-        return {
-            "skeleton": self._skeleton,
-            "checkpoint": self._task.teacher.checkpoint,
-            "seeds": texts,
-            "spool": spool,
-            "source": self._source,
-            "device": self._source.device,
-            "whole_layer": True,
-            "chunk_rows": max(1, (self._source.slot_bytes - PAGE) // row_bytes),
-            "notify": self._notify,
-            "seconds": self._costs.seconds,
-        }
+def _forward(sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
+    """One pass, from wherever the spool stands; what is found damaged is made again."""
+    depth, remade = len(sweep.skeleton.layers), 0
+    while True:
+        wanted = states.wanted() if states else set()
+        if not logits.finished:
+            wanted.add(depth)
+        if not wanted:
+            return
+        if states:
+            states.tap(sweep)
+        visits = {index: partial(_visit, index, sweep, logits, states) for index in wanted}
+        try:
+            sweep.forward(visits)
+        except LostRowsError as lost:
+            remade += 1
+            if remade > MOST_REMADE or not states:
+                raise OutputError(
+                    f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
+                    "the disk is unreliable: continue on another with --spool-dir",
+                ) from lost
+            states.forget(lost.damage.name)
 
 
 def _visit(index: int, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
@@ -217,7 +179,7 @@ def _visit(index: int, sweep: Sweep, logits: LogitShards, states: StateShards | 
 
 
 def _pairs(
-    task: Task, work: Path, sweeps: _Sweeps, earlier: Mapping[str, Any] | None
+    task: Task, work: Path, sweeps: Sweeps, earlier: Mapping[str, Any] | None
 ) -> tuple[Sequence[LayerPair], dict[str, Any]]:
     """The pairs, and what a manifest says of how they were found."""
     assert task.states
@@ -229,34 +191,35 @@ def _pairs(
     pairs = task.states.pairs
     if pairs is None:
         pairs = chosen_pairs(task, made["scores"])
-    kept = {name: made[name] for name in ("examples", "loss", "scores")}
+    kept = {name: made[name] for name in ("examples", "loss", "scores", "channels") if name in made}
     with durable(work / RESULT) as file:
         file.write(as_json(made).encode())
     return pairs, {"attribution": kept}
 
 
-def _map(
-    task: Task,
-    work: Path,
-    held: dict[str, bytes],
-    make_map: MakeMap | None,
-    costs: Costs,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """M, made or taken from an earlier run, and what is to be known of the heads."""
-    assert make_map, "states are mapped"
-    assert task.states
+def _held_maps(work: Path, held: dict[str, bytes]) -> None:
+    """Lay maps of an earlier run where those of this one will lie."""
     folder = work / MAPS
     folder.mkdir(exist_ok=True)
     for name, data in held.items():
         if not (folder / name).exists():
             (folder / name).write_bytes(data)
     held.clear()
+
+
+def _map(
+    task: Task, work: Path, make_map: MakeMap | None, costs: Costs
+) -> tuple[Carry, dict[str, Any]]:
+    """M, made or taken from an earlier run, and what is to be known of the heads."""
+    assert make_map, "states are mapped"
+    assert task.states
+    folder = work / MAPS
     with costs.phase("map"):
         matrix, heads = make_map(folder)
-    path = folder / f"{task.states.map}.safetensors"
+    path = folder / map_file(task, 0)
     if not path.exists():  # it needs no head
         save_map(path, matrix, {"map": task.states.map, "seed": task.states.seed}, {})
-    return matrix, {"heads": heads} if heads else {}
+    return lambda layer: matrix, {"heads": heads} if heads else {}
 
 
 def _told(task: Task, found: Mapping[str, Any], states: StateShards | None) -> dict[str, Any]:
@@ -290,12 +253,13 @@ def _write_index(task: Task, path: Path, logits: LogitShards, states: StateShard
         file.write(text.encode())
 
 
-def _stage(task: Task, work: Path, staged: Path, found: Mapping[str, Any]) -> None:
-    """Map, attribution and report, where results are published from."""
-    assert task.states
+def _stage(
+    task: Task, pairs: Sequence[LayerPair], work: Path, staged: Path, found: Mapping[str, Any]
+) -> None:
+    """Maps, attribution and report, where results are published from."""
     (staged / MAPS).mkdir(exist_ok=True)
-    name = f"{task.states.map}.safetensors"
-    shutil.copyfile(work / MAPS / name, staged / MAPS / name)
+    for name in {map_file(task, pair.student) for pair in pairs}:
+        shutil.copyfile(work / MAPS / name, staged / MAPS / name)
     if "attribution" in found:
         from pkt.report import write_attribution  # matplotlib is loaded from here on
 
@@ -303,10 +267,23 @@ def _stage(task: Task, work: Path, staged: Path, found: Mapping[str, Any]) -> No
         shutil.copyfile(work / RESULT, staged / RESULT)
 
 
+def _weights(task: Task) -> dict[str, int]:
+    """When the weights that the result depends on were last written to."""
+    found = dict(task.teacher.checkpoint.state())
+    if task.states and task.states.fitted_on and task.student:
+        state = task.student.checkpoint.state()
+        found |= {f"student: {name}": at for name, at in state.items()}
+    return found
+
+
 def _earlier(
-    folder: Path, weights: Mapping[str, int]
+    folder: Path, weights: Mapping[str, int], *, fitting: bool
 ) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
-    """What a finished run left in OUT that may hold of this one too: attribution, maps."""
+    """What a finished run left in OUT that may hold of this one too: attribution, maps.
+
+    What depends on more weights than the heads' is none of this run's unless all are as they were.
+    """
+    same = False
     try:
         run = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         same = run.get("weights") == dict(weights)
@@ -315,6 +292,8 @@ def _earlier(
         made = None
     maps = {}
     for path in sorted((folder / MAPS).glob("*.safetensors")):
+        if fitting and not same:
+            continue
         try:
             maps[path.name] = path.read_bytes()
         except OSError:
