@@ -172,7 +172,7 @@ def prepare_targets(
         "template": samples.template, "max_tokens": max_tokens, "max_examples": max_examples,
     }  # fmt: skip
     texts = aligned.texts if aligned else samples
-    results, held = _sizes(samples, config.top_k, wanted, small, aligned)
+    results, held = _sizes(samples, config.top_k, wanted, (big, small), aligned)
     first = texts.samples[:attribution_examples]
     lengths = [len(sample.tokens) for sample in first]
     sizes = [len(sample.tokens) for sample in texts.samples]
@@ -306,12 +306,13 @@ def _sizes(
     samples: SampleSet,
     top_k: int,
     states: States | None,
-    student: Model,
+    models: tuple[Model, Model],
     aligned: Aligned | None,
 ) -> tuple[int, int]:
     """Bytes of all targets, and of the largest file of them."""
-    from pkt.targets import STORED, StatesIndex, layout, row_bytes
+    from pkt.targets import KERNEL_PLACES, STORED, StatesIndex, layout, row_bytes
 
+    teacher, student = models
     answers = [sample.loss_tokens for sample in samples.samples]
     each = row_bytes(top_k)
     files = [shard.rows * each for shard in layout(answers, top_k)]
@@ -322,16 +323,19 @@ def _sizes(
         )  # fmt: skip
         width = student.hidden_size * STORED[states.dtype].itemsize
         files += layers_of(states, student) * [s.rows * width for s in index.layout(answers, 1)]
+        places = min(KERNEL_PLACES, samples.loss_tokens)
+        files += teacher.layers * [4 * places * places + 128]
     return sum(files), max(files)
 
 
 def _states(folder: Path) -> list[str]:
-    """Names of the files of states that the index in ``folder`` lists."""
+    """Names of the files of states and kernels that the index in ``folder`` lists."""
     from pkt.targets import FOLDER, INDEX
 
     try:
         index = json.loads((folder / FOLDER / INDEX).read_text(encoding="utf-8"))
-        return [str(entry["file"]) for entry in (index.get("states") or {"files": []})["files"]]
+        held = [index.get(name) or {"files": []} for name in ("states", "kernels")]
+        return [str(entry["file"]) for each in held for entry in each["files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [INDEX + ", damaged"]
 

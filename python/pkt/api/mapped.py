@@ -183,6 +183,7 @@ def mapped_plan(teacher: Model, student: Model, states: States, rows: int) -> Ma
     """What the plan counts of states, ``rows`` of each layer."""
     from pkt.plan import Mapped
     from pkt.semantics.rows import CHUNK_ELEMENTS
+    from pkt.targets import KERNEL_PLACES
 
     if states.pairs is not None:
         starts: Any = [None] * len(states.pairs)
@@ -196,7 +197,7 @@ def mapped_plan(teacher: Model, student: Model, states: States, rows: int) -> Ma
     else:  # the most that any pairs need
         kept = 4 if states.interpolate else 2
     readings = {"cosine": 3, "embedding": 3, "dual": 2}.get(states.map, 0)
-    return Mapped(student, rows, kept, readings, CHUNK_ELEMENTS)
+    return Mapped(student, rows, kept, readings, CHUNK_ELEMENTS, min(KERNEL_PLACES, rows))
 
 
 def fitted_plan(

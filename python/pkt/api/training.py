@@ -168,6 +168,7 @@ def prepare_training(
     return Task(
         model, tokenizer, read, held_out, found, norms, origin, config, kept, base_name(model),
         processes, teacher.origin if teacher else None, teacher.objective if teacher else None,
+        getattr(teacher, "kernels", None),
     )  # fmt: skip
 
 

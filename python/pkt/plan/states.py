@@ -38,6 +38,7 @@ class Mapped:
     kept: int  #: raw rows of so many layers on the disk at once, at most
     readings: int  #: times that both heads are read to make M; 0: it needs none
     chunk_elements: int  #: of a head, read at once
+    places: int  #: positions of which each layer's states are compared with one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,11 @@ def _map_parts(
     if mapped is None:
         return [], ()
     wide, narrow = teacher.hidden_size, mapped.student.hidden_size
-    matrix = [PlanPart("map, float32", 4 * wide * narrow, f"{narrow} × {wide}")]
+    compared = mapped.places * (12 * wide + 16 * mapped.places)
+    matrix = [
+        PlanPart("map, float32", 4 * wide * narrow, f"{narrow} × {wide}"),
+        PlanPart("states compared", compared, f"{mapped.places} positions, float64"),
+    ]
     if not mapped.readings:
         return matrix, ()
     grams = 8 * (3 * wide * wide + 3 * narrow * narrow + 2 * wide * narrow)

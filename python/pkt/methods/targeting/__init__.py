@@ -25,6 +25,7 @@ from pkt.errors import OutputError
 from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
 from pkt.methods.targeting.fitting import Carry, fitted, map_file
+from pkt.methods.targeting.kernels import LayerKernels
 from pkt.methods.targeting.shards import LogitShards
 from pkt.methods.targeting.states import LostRowsError, StateShards
 from pkt.methods.targeting.sweeps import Sweeps
@@ -117,10 +118,11 @@ def run(
             logits = LogitShards(task, staged / FOLDER, spool)
             # 3. Every example through every layer, whose states are mapped as it is passed;
             # 4. from the last hidden states, the logits.
-            _forward(about.sweep(task.texts, spool), logits, states)
+            kernels = LayerKernels(task, staged / FOLDER, spool) if task.states else None
+            _forward(about.sweep(task.texts, spool), logits, states, kernels)
         finally:
             source.close()
-        _write_index(task, staged / FOLDER / INDEX, logits, states)
+        _write_index(task, staged / FOLDER / INDEX, logits, states, kernels)
         found = {**task.identity(), **logits.means(), **_told(task, found, states)}
         if states:
             _stage(task, states.index.pairs, work, staged, found)
@@ -146,18 +148,22 @@ def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
     ]
 
 
-def _forward(sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
+def _forward(
+    sweep: Sweep, logits: LogitShards, states: StateShards | None, kernels: LayerKernels | None
+) -> None:
     """One pass, from wherever the spool stands; what is found damaged is made again."""
     depth, remade = len(sweep.skeleton.layers), 0
     while True:
         wanted = states.wanted() if states else set()
+        wanted |= kernels.wanted() if kernels else set()
         if not logits.finished:
             wanted.add(depth)
         if not wanted:
             return
         if states:
             states.tap(sweep)
-        visits = {index: partial(_visit, index, sweep, logits, states) for index in wanted}
+        visit = partial(_visit, sweep=sweep, logits=logits, states=states, kernels=kernels)
+        visits = {index: partial(visit, index) for index in wanted}
         try:
             sweep.forward(visits)
         except LostRowsError as lost:
@@ -170,10 +176,18 @@ def _forward(sweep: Sweep, logits: LogitShards, states: StateShards | None) -> N
             states.forget(lost.damage.name)
 
 
-def _visit(index: int, sweep: Sweep, logits: LogitShards, states: StateShards | None) -> None:
+def _visit(
+    index: int,
+    sweep: Sweep,
+    logits: LogitShards,
+    states: StateShards | None,
+    kernels: LayerKernels | None,
+) -> None:
     """What is left to do at one boundary."""
     if states:
         states.at(index, sweep)
+    if kernels:
+        kernels.at(index, sweep)
     if index == len(sweep.skeleton.layers) and not logits.finished:
         logits.write(sweep)
 
@@ -243,11 +257,18 @@ def _told(task: Task, found: Mapping[str, Any], states: StateShards | None) -> d
     return {**told, "files": files}
 
 
-def _write_index(task: Task, path: Path, logits: LogitShards, states: StateShards | None) -> None:
+def _write_index(
+    task: Task,
+    path: Path,
+    logits: LogitShards,
+    states: StateShards | None,
+    kernels: LayerKernels | None,
+) -> None:
     shards = list(zip(task.shards, logits.digests(), strict=True))
     text = index_text(
         shards, task.answers, task.config.top_k,
         states.index if states else None, states.files() if states else (),
+        kernels.index() if kernels else None,
     )  # fmt: skip
     with durable(path) as file:
         file.write(text.encode())

@@ -25,6 +25,7 @@ class Place:
 class Read:
     """Texts as one model reads them, and the positions of each that are looked at, ascending."""
 
+    numbers: list[int]  #: of the texts, among all of the model's
     texts: list[Sample]
     positions: list[torch.Tensor]
 
@@ -70,4 +71,4 @@ def of_student(task: Task, places: Sequence[Place]) -> Read:
 
 def _read(texts: Sequence[Sample], grouped: dict[int, list[int]]) -> Read:
     positions = [torch.tensor(each, dtype=torch.long) for each in grouped.values()]
-    return Read([texts[number] for number in grouped], positions)
+    return Read(list(grouped), [texts[number] for number in grouped], positions)

@@ -12,6 +12,7 @@ import pkt
 from pkt.methods.tuning.starts import Form
 from pkt.models import Model
 from pkt.records import LowRank, SampleSet
+from pkt.targets import Kernels
 from pkt.training import Objective, Schedule
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -52,6 +53,7 @@ class Task:
     processes: int = 1
     teacher: Mapping[str, Any] | None = None  #: of it and of its targets, if it teaches
     objective: Objective | None = None  #: the loss that these targets make; None: the labels'
+    kernels: Kernels | None = None  #: of the teacher's layers; None: they are not compared
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""
