@@ -111,21 +111,26 @@ def linear_cka(theirs: Iterable[torch.Tensor], ours: Sequence[torch.Tensor]) -> 
     Source: Kornblith et al., arXiv 1905.00414; Song et al., JMLR 13 (2012), eq. 5 (estimator).
 
     """
-    kernels = torch.stack([_kernel(states) for states in ours])
-    return [(kernels @ _kernel(states)).tolist() for states in theirs]
+    kernels = torch.stack([kernel(states).flatten() for states in ours])
+    return [(kernels @ kernel(states).flatten()).tolist() for states in theirs]
 
 
-def _kernel(states: torch.Tensor) -> torch.Tensor:
-    """U-centred ``X Xᵀ`` of norm 1, flat (n²,) float64."""
+def kernel_cka(theirs: torch.Tensor, ours: torch.Tensor) -> list[list[float]]:
+    """The same of layers by their kernels (`kernel`), (L_T, n, n) and (L_S, n, n)."""
+    found: list[list[float]] = (theirs.double().flatten(1) @ ours.double().flatten(1).T).tolist()
+    return found
+
+
+def kernel(states: torch.Tensor) -> torch.Tensor:
+    """U-centred ``X Xᵀ`` of norm 1, (n, n) float64, of n ≥ 4 states (n, D)."""
     count = len(states)
     assert count >= LEAST_STATES
     wide = states.double()
-    kernel = wide @ wide.T
-    kernel.fill_diagonal_(0)
-    sums = kernel.sum(0)
-    kernel -= (sums[:, None] + sums[None, :]) / (count - 2)
-    kernel += sums.sum() / ((count - 1) * (count - 2))
-    kernel.fill_diagonal_(0)
-    flat = kernel.flatten()
-    norm = torch.linalg.vector_norm(flat)
-    return flat / norm if norm > 0 else flat
+    found: torch.Tensor = wide @ wide.T
+    found.fill_diagonal_(0)
+    sums = found.sum(0)
+    found -= (sums[:, None] + sums[None, :]) / (count - 2)
+    found += sums.sum() / ((count - 1) * (count - 2))
+    found.fill_diagonal_(0)
+    norm = torch.linalg.vector_norm(found)
+    return found / norm if norm > 0 else found

@@ -14,6 +14,7 @@ tensor         dtype   shape            content
 ``ids``        I32     (rows, k)        their tokens
 ``logsumexp``  F64     (rows,)          of the whole vocabulary, summed in float64
 ``states``     BF16 …  (rows, D_S)      ``M a``, a the teacher's activation
+``kernel``     F32     (n, n)           of a teacher layer at n places (`pkt.similarity.kernel`)
 =============  ======  ===============  ====================================================
 
 Where the two models have different tokenizers there are no logits, and states only of those answer
@@ -40,6 +41,7 @@ FOLDER = "targets"  # of the shards and their index, in the folder of a run
 INDEX = "index.json"
 SHARD_BYTES = 64 << 20  # a shard ends with the example that reaches it
 BLOCK_ELEMENTS = 1 << 20  # logits ranked and summed at once
+KERNEL_EXAMPLES, KERNEL_PLACES = 32, 256  # the first so many texts, and answer tokens of them
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # states
 
 
@@ -175,6 +177,7 @@ def index_text(
     top_k: int,
     states: StatesIndex | None = None,
     files: Sequence[tuple[int, Shard, str]] = (),
+    kernels: Mapping[str, Any] | None = None,
 ) -> str:
     """``index.json``.
 
@@ -184,6 +187,7 @@ def index_text(
         top_k: k; 0 where no logits are kept.
         states: what the states are, if there are any.
         files: student layer, shard and SHA-256 of each file of states.
+        kernels: ``places`` and ``files`` of the teacher's kernels, if there are any.
 
     """
     logits = [{**asdict(shard), "sha256": digest} for shard, digest in shards]
@@ -193,7 +197,17 @@ def index_text(
             {"student": layer, **asdict(shard), "sha256": digest} for layer, shard, digest in files
         ]
         found["states"] = {**asdict(states), "files": listed}
+    if kernels:
+        found["kernels"] = kernels
     return json.dumps(found) + "\n"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernels:
+    """How the teacher's states at some places lie to one another, layer by layer."""
+
+    layers: torch.Tensor  #: (L_T, n, n) float32
+    places: tuple[tuple[int, int], ...]  #: example, and which of its answer tokens
 
 
 class Targets:
@@ -216,6 +230,7 @@ class Targets:
             self.answers = [int(count) for count in index["answers"]]  #: tokens of each example
             files = [(Shard(**_shard(entry)), str(entry["sha256"])) for entry in index["logits"]]
             self._index, held = _states_of(index.get("states"))
+            self._places, kernels = _kernels_of(index.get("kernels"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, f"{type(error).__name__} {error}") from error
         self.sha256 = hashlib.sha256(text).hexdigest()  #: of the index, which holds the shards'
@@ -225,6 +240,8 @@ class Targets:
         columns = {"logits": [k], "ids": [k], "logsumexp": []}
         self._logits = _Rows(folder, files, self.answers, columns)
         self._states: dict[int, _Rows] = {}
+        shape = {"kernel": [len(self._places)] * 2}
+        self._kernels = [_opened(folder / name, digest, shape) for name, digest in kernels]
         if self._index is None:
             return
         rows = self._index.rows(self.answers)
@@ -234,8 +251,8 @@ class Targets:
             own = [(shard, digest) for layer, shard, digest in held if layer == pair.student]
             if [shard for shard, _ in own] != self._index.layout(self.answers, pair.student):
                 raise _damaged(path, "its files of states are not those of its examples")
-            shape = {"states": [self._index.width]}
-            self._states[pair.student] = _Rows(folder, own, rows, shape)
+            wide = {"states": [self._index.width]}
+            self._states[pair.student] = _Rows(folder, own, rows, wide)
 
     @property
     def pairs(self) -> tuple[LayerPair, ...]:
@@ -251,6 +268,13 @@ class Targets:
     def map(self) -> str | None:
         """What carried them over to the student."""
         return self._index.map if self._index else None
+
+    def kernels(self) -> Kernels | None:
+        """Of each teacher layer, and the places they are of; ``None``: there are none."""
+        if not self._kernels:
+            return None
+        layers = [file.get_tensor("kernel") for file in self._kernels]
+        return Kernels(torch.stack(layers), self._places)
 
     def of(self, example: int) -> TopLogits:
         """The logits of one example.
@@ -332,6 +356,15 @@ def _states_of(
         shard = {key: value for key, value in _shard(entry).items() if key != "student"}
         files.append((int(entry["student"]), Shard(**shard), str(entry["sha256"])))
     return found, files
+
+
+def _kernels_of(
+    held: dict[str, Any] | None,
+) -> tuple[tuple[tuple[int, int], ...], list[tuple[str, str]]]:
+    if held is None:
+        return (), []
+    places = tuple((int(example), int(token)) for example, token in held["places"])
+    return places, [(str(each["file"]), str(each["sha256"])) for each in held["files"]]
 
 
 def _within(aligned: Sequence[Sequence[int]] | None, answers: Sequence[int]) -> bool:

@@ -14,10 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pkt as package
 from commands import Inputs, Result, build_inputs, pkt, write_seeds
+from pkt.errors import CheckpointError
+from pkt.samples import read_samples
+from pkt.similarity import linear_cka
 from pkt.targets import FOLDER, Targets
 from runs import Nursery, contents
 
@@ -77,6 +82,59 @@ def test_an_adapter_of_the_paired_layers(bench: Bench, tmp_path: Path, objective
     kinds = {name.split(".layers.")[1].split(".")[2] for name in adapter}
     assert kinds == {"up_proj", "down_proj", "v_proj", "o_proj"}
     assert manifest(out)["options"]["objective"] == objective
+
+
+def hidden_states(folder: Path, adapter: Path | None, samples: Any, places: Any) -> Any:
+    """By layer the states (n, D) before the answer tokens at ``places``, whole model in memory."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    found: list[list[torch.Tensor]] = [[] for _ in range(model.config.num_hidden_layers)]
+    seen: list[torch.Tensor] = []
+    for layer in (model.base_model.model if adapter else model).model.layers:
+        layer.register_forward_hook(
+            lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+    for example, token in places:
+        sample = samples[example]
+        at = [i for i, counts in enumerate(sample.loss_mask) if counts][token] - 1
+        seen.clear()
+        with torch.no_grad():
+            model(input_ids=torch.tensor([sample.tokens]), use_cache=False)
+        for held, states in zip(found, seen, strict=True):
+            held.append(states.reshape(-1, states.shape[-1])[at])
+    return [torch.stack(held) for held in found]
+
+
+def test_layers_are_compared_before_and_after(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--dtype", "float32", "--pairs", "2:1,4:2", "--lr", "3e-2")
+    assert bench.align(out, *words).code == 0
+    found, index = manifest(out), tmp_path / "out.targets" / FOLDER / "index.json"
+    places = json.loads(index.read_text())["kernels"]["places"]
+    samples = read_samples(
+        bench.data, AutoTokenizer.from_pretrained(bench.inputs.student),
+        template=found["options"]["template"], limit=0,
+    ).samples  # fmt: skip
+    assert len(places) == found["similarity"]["positions"] == min(256, found["data"]["loss_tokens"])
+    theirs = hidden_states(bench.inputs.teacher, None, samples, places)
+    moved = 0.0
+    for name, adapter in (("before", None), ("after", out)):
+        ours = hidden_states(bench.inputs.student, adapter, samples, places)
+        wanted = torch.tensor(linear_cka(theirs, ours))
+        assert torch.allclose(torch.tensor(found["similarity"][name]), wanted, atol=2e-4)
+        moved = max(
+            moved, float((wanted - torch.tensor(found["similarity"]["before"])).abs().max())
+        )
+    assert moved > 1e-3
+    pictures = sorted(path.name for path in (out / "report").glob("similarity_*.png"))
+    assert pictures == [f"similarity_{name}.png" for name in ("after", "before", "change")]
+    page = (out / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"{found['similarity']['after'][3][1]:.3f}" in page
+    kernel = tmp_path / "out.targets" / FOLDER / "kernel-00001.safetensors"
+    kernel.write_bytes(kernel.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"kernel-00001\.safetensors"):
+        Targets(tmp_path / "out.targets" / FOLDER)
 
 
 def test_it_is_targets_and_then_training(bench: Bench, tmp_path: Path) -> None:

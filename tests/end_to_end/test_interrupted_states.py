@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "span": {"interface": "span", "pair_by": "attribution"},
     "mlp": {"interface": "mlp", "interpolate": True},
+    "flex": {"interface": "span", "map": "flex"},
 }
 
 
@@ -87,6 +88,8 @@ STEPS = {
              ("states", 4), ("targets", 1), ("targets", 7)],
     "mlp": [("forward", 1), ("forward", 2), ("states", 1), ("states", 2), ("states", 5),
             ("forward", 5), ("targets", 7)],
+    "flex": [("backward", 2), ("teacher", 1), ("teacher", 4), ("student", 2), ("maps", 1),
+             ("maps", 3), ("states", 1), ("states", 4)],
 }  # fmt: skip
 
 
@@ -114,7 +117,9 @@ def test_ctrl_c_after_a_step_keeps_it(
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone"])
-@pytest.mark.parametrize("name", ["rows-*.bin", "states-*.safetensors", "input-*.bin"])
+@pytest.mark.parametrize(
+    "name", ["rows-*.bin", "states-*.safetensors", "kernel-*.safetensors", "input-*.bin"]
+)
 @pytest.mark.parametrize("case", list(CASES))
 def test_damaged_work_is_made_again(
     case: str, name: str, damage: str, pair: Path, whole: Any, tmp_path: Path
@@ -134,7 +139,7 @@ def test_damaged_work_is_made_again(
             write(pair, tmp_path / "out", notify=stop, **CASES[case])
         assert met
         work = tmp_path / "out" / ".work"
-        place = work / "result" / FOLDER if name.startswith("states") else work / "spool"
+        place = work / "result" / FOLDER if name.endswith("safetensors") else work / "spool"
         paths = sorted(place.glob(name))
         assert paths
         for path in paths:

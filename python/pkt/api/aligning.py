@@ -24,6 +24,7 @@ from pkt.api.mapped import (
     Interface,
     PairBy,
     aligned_texts,
+    fitted_plan,
     layers_of,
     map_maker,
     mapped_plan,
@@ -89,7 +90,7 @@ def prepare_targets(
         interface: ``mlp`` or ``attn``, what that sub-layer adds to the residual stream; ``block``,
             what the layer does; ``hidden``, the state behind it; ``span``, the state behind it less
             that behind the layer paired with the student's layer below.
-        map: what carries them over: cosine, dual, embedding, random or truncate.
+        map: what carries them over, of `pkt.semantics.MAPS`.
         pairs: ``T:S,…``, layers from 1; ``None``: by a rule.
         critical: so many teacher layers of highest attribution lead to pairs; 0: every student
             layer has one.
@@ -99,7 +100,8 @@ def prepare_targets(
         states_dtype: stored in: bfloat16, float16 or float32.
         attribution: ``signed`` or ``abs``: the absolute value is taken of the sum, or of each
             element.
-        attribution_examples: the first so many examples are attributed.
+        attribution_examples: the first so many examples are attributed, and are what the maps
+            ridge, procrustes and flex are fitted on.
         fold_norm: whether the final norms belong to the heads that the map is made from.
         seed: of the map ``random``.
         allow_low_coverage: accept vocabularies that share less than half of the smaller one, and
@@ -173,7 +175,7 @@ def prepare_targets(
         "template": samples.template, "max_tokens": max_tokens, "max_examples": max_examples,
     }  # fmt: skip
     texts = aligned.texts if aligned else samples
-    results, held = _sizes(samples, config.top_k, wanted, small, aligned)
+    results, held = _sizes(samples, config.top_k, wanted, (big, small), aligned)
     first = texts.samples[:attribution_examples]
     lengths = [len(sample.tokens) for sample in first]
     sizes = [len(sample.tokens) for sample in texts.samples]
@@ -188,6 +190,7 @@ def prepare_targets(
         )
         if wanted else None,
         attributed=Attributed(sum(lengths), max(lengths)) if attributing else None,
+        fitted=fitted_plan(wanted, samples, aligned),
         budget=budget(max_ram), room=room(Path(output_dir), Path(spool_dir) if spool_dir else None),
     )  # fmt: skip
     if online:
@@ -318,12 +321,13 @@ def _sizes(
     samples: SampleSet,
     top_k: int,
     states: States | None,
-    student: Model,
+    models: tuple[Model, Model],
     aligned: Aligned | None,
 ) -> tuple[int, int]:
     """Bytes of all targets, and of the largest file of them."""
-    from pkt.targets import STORED, StatesIndex, layout, row_bytes
+    from pkt.targets import KERNEL_PLACES, STORED, StatesIndex, layout, row_bytes
 
+    teacher, student = models
     answers = [sample.loss_tokens for sample in samples.samples]
     each = row_bytes(top_k)
     files = [shard.rows * each for shard in layout(answers, top_k)]
@@ -334,6 +338,8 @@ def _sizes(
         )  # fmt: skip
         width = student.hidden_size * STORED[states.dtype].itemsize
         files += layers_of(states, student) * [s.rows * width for s in index.layout(answers, 1)]
+        places = min(KERNEL_PLACES, samples.loss_tokens)
+        files += teacher.layers * [4 * places * places + 128]
     return sum(files), max(files)
 
 
@@ -346,12 +352,13 @@ def _kept(samples: SampleSet, results: int) -> int:
 
 
 def _states(folder: Path) -> list[str]:
-    """Names of the files of states that the index in ``folder`` lists."""
+    """Names of the files of states and kernels that the index in ``folder`` lists."""
     from pkt.targets import FOLDER, INDEX
 
     try:
         index = json.loads((folder / FOLDER / INDEX).read_text(encoding="utf-8"))
-        return [str(entry["file"]) for entry in (index.get("states") or {"files": []})["files"]]
+        held = [index.get(name) or {"files": []} for name in ("states", "kernels")]
+        return [str(entry["file"]) for each in held for entry in each["files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [INDEX + ", damaged"]
 

@@ -317,7 +317,7 @@ def require_fit(plan: Plan) -> None:
         if disk.bytes > disk.free_bytes:
             raise BudgetError(
                 f"{disk.folder}: this run writes {format_bytes(disk.bytes)} there"
-                + (f" (--spool-every {plan.spool_every})" if plan.passes == 2 else "")
+                + (f" (--spool-every {plan.spool_every})" if plan.extracts else "")
                 + f", and its disk has {format_bytes(disk.free_bytes)} free",
                 _more_room(plan),
             )
@@ -339,7 +339,7 @@ def _more_room(plan: Plan) -> str:
     every, least = plan.least_spool
     assert plan.room is not None
     others = plan.disks[0].bytes - plan.spool_bytes  # on the disk of the spool
-    if plan.passes != 2:
+    if not plan.extracts:
         return (
             "make room, name another disk with --spool-dir, or take fewer or shorter examples "
             "(--max-examples, --max-tokens)"

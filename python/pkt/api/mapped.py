@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pkt.api.extracting import require_choice
 from pkt.api.pair_quality import spelling_of
+from pkt.batches import most_rows
 from pkt.errors import DataError, IncompatibleError, UsageError
 from pkt.models import Model
 from pkt.pairing import (
@@ -23,7 +24,7 @@ from pkt.records import Sample, SampleSet, SharedTokens
 
 if TYPE_CHECKING:
     from pkt.methods.targeting import Aligned, States, Task
-    from pkt.plan import Mapped
+    from pkt.plan import Fitted, Mapped
 
 Interface = Literal["mlp", "attn", "block", "hidden", "span"]
 PairBy = Literal["floor", "attribution"]
@@ -61,9 +62,8 @@ def states_config(teacher: Model, student: Model, given: dict[str, Any]) -> Stat
         raise UsageError(
             f"--states-dtype {given['states_dtype']}: expected one of {', '.join(_DTYPES)}"
         )
-    usable = [known for known in MAPS if MAPS[known].needs != "states"]
-    if name not in usable:
-        raise UsageError(f"--map {name}: expected one of {', '.join(usable)}")
+    if name not in MAPS:
+        raise UsageError(f"--map {name}: expected one of {', '.join(MAPS)}")
     if not 0 <= critical <= teacher.layers:
         raise UsageError(f"--critical {critical}: expected 0 to {teacher.layers} layers")
     if examples < 1:
@@ -83,10 +83,12 @@ def states_config(teacher: Model, student: Model, given: dict[str, Any]) -> Stat
             pairs = interpolated_pairs(*depths) if given["interpolate"] else floor
     if pairs and given["interface"] == "span":
         span_starts(pairs, *depths)
-    attributing = Attributing(examples, given["attribution"] == "abs") if pairs is None else None
+    wanted = pairs is None or MAPS[name].needs == "channels"
+    attributing = Attributing(examples, given["attribution"] == "abs") if wanted else None
     return States(
         given["interface"], name, _DTYPES[given["states_dtype"]], pairs, critical,
         bool(given["interpolate"]), attributing, given["fold_norm"], given["seed"],
+        examples if MAPS[name].fitted else 0,
     )  # fmt: skip
 
 
@@ -180,8 +182,8 @@ def aligned_texts(
 def mapped_plan(teacher: Model, student: Model, states: States, rows: int) -> Mapped:
     """What the plan counts of states, ``rows`` of each layer."""
     from pkt.plan import Mapped
-    from pkt.semantics import MAPS
     from pkt.semantics.rows import CHUNK_ELEMENTS
+    from pkt.targets import KERNEL_PLACES
 
     if states.pairs is not None:
         terms = all_sources(states.pairs, states.interface, teacher.layers, student.layers)
@@ -189,8 +191,32 @@ def mapped_plan(teacher: Model, student: Model, states: States, rows: int) -> Ma
     else:  # the most that any pairs need
         kept = 4 if states.interpolate else 2
     readings = {"cosine": 3, "embedding": 3, "dual": 2}.get(states.map, 0)
-    assert MAPS[states.map].needs in ("head", "embedding", "sizes")
-    return Mapped(student, rows, kept, readings, CHUNK_ELEMENTS)
+    return Mapped(student, rows, kept, readings, CHUNK_ELEMENTS, min(KERNEL_PLACES, rows))
+
+
+def fitted_plan(
+    states: States | None, samples: SampleSet, aligned: Aligned | None
+) -> Fitted | None:
+    """What the plan counts of maps that are fitted on both models' activations, if they are."""
+    from pkt.methods.targeting.fitting import STATES
+    from pkt.plan import Fitted
+
+    if states is None or not states.fitted_on:
+        return None
+    theirs = aligned.texts.samples if aligned else samples.samples
+    texts = aligned.text_of if aligned else range(len(samples.samples))
+    ours = [
+        sample
+        for sample, text in zip(samples.samples, texts, strict=True)
+        if text is not None and text < states.fitted_on
+    ]
+    lengths = [
+        [len(sample.tokens) for sample in each] for each in (theirs[: states.fitted_on], ours)
+    ]
+    places = min(STATES, sum(sample.loss_tokens for sample in ours))
+    return Fitted(
+        (sum(lengths[0]), sum(lengths[1])), (most_rows(lengths[0]), most_rows(lengths[1])), places
+    )
 
 
 def layers_of(states: States, student: Model) -> int:

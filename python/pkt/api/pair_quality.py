@@ -54,7 +54,7 @@ def prepare_quality(
         teacher: folder, hub id or alias.
         student: the same.
         seeds: JSONL file; ``None``: built-in stories.
-        maps: names of `pkt.semantics.MAPS`; ``None``: cosine, dual and the controls.
+        maps: names of `pkt.semantics.MAPS`, but flex; ``None``: cosine, dual and the controls.
         fold_norm: whether the final norms belong to the heads.
         allow_low_coverage: accept vocabularies that share less than half of the smaller one.
         template: how prompt and answer become one text; ``auto`` is the paper's where the two
@@ -85,9 +85,10 @@ def prepare_quality(
     from pkt.vocabularies import shared_tokens
 
     names = tuple(dict.fromkeys(maps or DEFAULT_MAPS))
+    usable = [name for name in MAPS if MAPS[name].needs != "channels"]  # nothing is attributed here
     for name in names:
-        if name not in MAPS:
-            raise UsageError(f"--map {name}: expected some of {', '.join(MAPS)}")
+        if name not in usable:
+            raise UsageError(f"--map {name}: expected some of {', '.join(usable)}")
     tokenizers = [load_tokenizer(model) for model in (big, small)]
     spelled = [spelling_of(*each) for each in zip((big, small), tokenizers, strict=True)]
     shared = shared_tokens(

@@ -75,6 +75,7 @@ class Supervisor:
     objective: Any  #: `pkt.training.Alignment`
     layers: tuple[int, ...]  #: of the student, from 1
     origin: dict[str, Any]
+    kernels: Any = None  #: `pkt.targets.Kernels` of the teacher, where they were written
 
 
 def choose_objective(
@@ -167,7 +168,7 @@ def open_supervisor(
         "map": targets.map,
         "pairs": [[pair.teacher, pair.student, pair.mix] for pair in pairs],
     }
-    return Supervisor(objective, objective.layers, origin)
+    return Supervisor(objective, objective.layers, origin, targets.kernels())
 
 
 def _require_student(where: str, written: Mapping[str, Any] | None, student: Model) -> None:

@@ -186,6 +186,7 @@ def prepare_training(
     return Task(
         model, tokenizer, read, held_out, found, norms, origin, config, kept, base_name(model),
         processes, origin_of, taught.objective if taught else None, supervised,
+        kernels=getattr(taught, "kernels", None),
     )  # fmt: skip
 
 

@@ -52,8 +52,12 @@ _states = options.together(
         "or that less the state of the pair below.  [default: the objective's; hidden]",
     ),
     click.option(
-        "--map", type=click.Choice(["cosine", "dual", "embedding", "random", "truncate"]),
-        help="What carries them over to the student.  [default: the objective's; dual]",
+        "--map",
+        type=click.Choice(
+            ["cosine", "dual", "ridge", "procrustes", "flex", "embedding", "random", "truncate"]
+        ),
+        help="What carries them over to the student; ridge, procrustes and flex are fitted on "
+        "activations of each pair.  [default: the objective's; dual]",
     ),
     click.option(
         "--pairs", metavar="T:S,…", help="Teacher and student layers, from 1; default: by a rule."
@@ -75,7 +79,7 @@ _states = options.together(
     ),
     click.option(
         "--attribution-examples", type=click.IntRange(min=1), default=32, show_default=True,
-        metavar="N", help="First rows that are attributed.",
+        metavar="N", help="First rows that are attributed, and that maps are fitted on.",
     ),
     click.option(
         "--states-dtype", type=click.Choice(["bfloat16", "float16", "float32"]),

@@ -33,7 +33,11 @@ def states_rows(task: Task) -> list[tuple[str, str]]:
         found.append(
             ("aligned", f"{share}; {task.shared.coverage:.1%} of the smaller vocabulary is shared")
         )
-    if states.attributing:
+    if states.fitted_on:
+        count = min(states.fitted_on, len(task.texts))
+        of = ", of the channels of highest attribution" if states.needs_channels else ""
+        found.append(("maps", f"one for each pair, fitted on {count} examples{of}"))
+    if states.attributing and states.pairs is None:
         count = min(states.attributing.examples, len(task.texts))
         rule = (
             f"the {states.critical} highest lead to pairs"

@@ -54,6 +54,14 @@ def match_table(rows: Sequence[MatchRow]) -> str:
     return aligned([head, *body])
 
 
+_TIMES = {
+    1: "once",
+    2: "once to fit the maps and once more",
+    3: "twice for attribution and once more",
+    4: "twice for attribution, once to fit the maps and once more",
+}
+
+
 def plan_table(plan: Plan, reading: Reading | None = None) -> str:
     """The plan, part by part, and what it is held against."""
     ahead = "read while others are used" if plan.slots > 1 else "read and used in turn"
@@ -74,7 +82,7 @@ def plan_table(plan: Plan, reading: Reading | None = None) -> str:
 
 def forward_plan_table(plan: Plan, reading: Reading | None = None) -> str:
     """The plan of one pass forward, as `plan_table` prints that of an extraction."""
-    times = "once" if plan.passes == 1 else "twice for attribution and once more"
+    times = _TIMES[plan.passes]
     ahead = "read while the other is used" if plan.slots > 1 else "read and used in turn"
     rows = [
         ("slots", f"{plan.slots} of a layer, {ahead}"),

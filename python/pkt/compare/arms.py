@@ -143,7 +143,7 @@ VARIATIONS: Mapping[str, Variation] = {
         lambda arm, value: replace(arm, train={**arm.train, "lr_ratio": float(value)}),
     ),
     "map": Variation(
-        ("cosine", "dual", "embedding", "random", "truncate"),
+        ("cosine", "dual", "ridge", "procrustes", "flex", "embedding", "random", "truncate"),
         lambda arm, value: replace(arm, states={**arm.states, "map": value}),
     ),
     "interface": Variation(

@@ -14,7 +14,7 @@ from typing import Any
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import LOGIT_ELEMENTS, MIB
 from pkt.models import Model
-from pkt.plan.forward import make_forward_plan
+from pkt.plan.forward import forward_parts, make_forward_plan
 from pkt.plan.sizes import (
     BASE_BYTES,
     CALLS_BYTES,
@@ -38,6 +38,7 @@ class Mapped:
     kept: int  #: raw rows of so many layers on the disk at once, at most
     readings: int  #: times that both heads are read to make M; 0: it needs none
     chunk_elements: int  #: of a head, read at once
+    places: int  #: positions of which each layer's states are compared with one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,21 @@ class Attributed:
     longest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Maps that are fitted on both models' activations: of the teacher, then of the student."""
+
+    tokens: tuple[int, int]  #: of the texts
+    rows: tuple[int, int]  #: of the largest batch of them
+    places: int  #: positions of which states are kept
+
+
 def make_targets_plan(
     teacher: Model,
     *,
     mapped: Mapped | None = None,
     attributed: Attributed | None = None,
+    fitted: Fitted | None = None,
     budget: tuple[int, str],
     room: Room | None = None,
     **forward: Any,
@@ -63,6 +74,7 @@ def make_targets_plan(
         teacher: larger model.
         mapped: the states, if there are any.
         attributed: the texts of attribution, if it is wanted.
+        fitted: the texts that maps are fitted on, if they are.
         budget: bytes allowed, and where that number comes from.
         room: what the disks have free; ``None``: enough.
         **forward: of `make_forward_plan`.
@@ -75,10 +87,13 @@ def make_targets_plan(
         for slots, allowed in ((2, 1 << 62), (1, 0))
     }
     matrix, grams = _map_parts(teacher, mapped)
+    fit = [_fit(teacher, mapped.student, fitted)] if fitted and mapped else []
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
         passing = (*plans[slots].parts, *matrix)
         others = [_attribution(teacher, dtype, slots, attributed)] if attributed else []
+        if fitted and mapped:
+            others += _fit_parts(teacher, mapped.student, dtype, slots, fitted)
         return max((passing, grams, *others), key=total_bytes)
 
     sizes = {slots: total_bytes(parts(slots)) for slots in (2, 1)}
@@ -94,6 +109,14 @@ def make_targets_plan(
         layers = sum(p.bytes for pieces in teacher.checkpoint.layers for p in pieces.values())
         read += 2 * layers + (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
         flop += 3 * flop * attributed.tokens // max(1, forward["tokens"])
+    if fitted and mapped:
+        for model, tokens in zip((teacher, mapped.student), fitted.tokens, strict=True):
+            # What a layer of the sweep has on the disk, and the kept rows of every layer.
+            rows = 2 * tokens + (model.layers + 1) * fitted.places
+            spool = max(spool, rows * model.hidden_size * item)
+            read += sum(p.bytes for pieces in model.checkpoint.layers for p in pieces.values())
+            read += model.embedding.bytes
+        flop += flop * fitted.tokens[0] // max(1, forward["tokens"])
     return replace(
         base,
         budget_bytes=budget[0],
@@ -104,10 +127,10 @@ def make_targets_plan(
         read_bytes=read,
         spool_bytes=spool,
         spool_every=every,
-        passes=3 if attributed else 1,
+        passes=1 + 2 * bool(attributed) + bool(fitted),
         flop=flop,
         least_spool=(every, spool),
-        device_parts=_on_device(teacher, dtype, forward, matrix, grams, attributed),
+        device_parts=_on_device(teacher, dtype, forward, matrix, [grams, *fit], attributed),
     )
 
 
@@ -122,7 +145,11 @@ def _map_parts(
     if mapped is None:
         return [], ()
     wide, narrow = teacher.hidden_size, mapped.student.hidden_size
-    matrix = [PlanPart("map, float32", 4 * wide * narrow, f"{narrow} × {wide}")]
+    compared = mapped.places * (12 * wide + 16 * mapped.places)
+    matrix = [
+        PlanPart("map, float32", 4 * wide * narrow, f"{narrow} × {wide}"),
+        PlanPart("states compared", compared, f"{mapped.places} positions, float64"),
+    ]
     if not mapped.readings:
         return matrix, ()
     grams = 8 * (3 * wide * wide + 3 * narrow * narrow + 2 * wide * narrow)
@@ -131,6 +158,34 @@ def _map_parts(
         *matrix,
         PlanPart("Gram matrices, factors", grams, "float64"),
         PlanPart("chunks of the heads", 48 * mapped.chunk_elements, "float64"),
+    )
+
+
+def _fit_parts(
+    teacher: Model, student: Model, dtype: str, slots: int, wanted: Fitted
+) -> list[tuple[PlanPart, ...]]:
+    """Both models' passes over the texts, and one pair's map while it is fitted."""
+    base = PlanPart("torch, transformers", BASE_BYTES)
+    passes = [
+        (base, *weights, *used)
+        for model, rows in zip((teacher, student), wanted.rows, strict=True)
+        for weights, used in [forward_parts(model, slots, dtype, rows)]
+    ]
+    slot = forward_parts(student, slots, dtype, wanted.rows[1])[0]
+    return [*passes, (base, *slot, *_fit(teacher, student, wanted)[1:])]
+
+
+def _fit(teacher: Model, student: Model, wanted: Fitted) -> tuple[PlanPart, ...]:
+    wide, narrow, count = teacher.hidden_size, student.hidden_size, wanted.places
+    both = count * (wide + narrow)
+    return (
+        PlanPart("libraries", DEVICE_BASE_BYTES),
+        PlanPart("paired states", (4 + 3 * 8) * both, f"{count} positions, float64"),
+        PlanPart(
+            "the fit of a map",
+            8 * (4 * min(count, wide) ** 2 + 3 * wide * narrow),
+            f"{narrow} × {wide}, float64",
+        ),
     )
 
 
@@ -189,7 +244,7 @@ def _on_device(
     dtype: str,
     forward: dict[str, Any],
     matrix: Sequence[PlanPart],
-    grams: Sequence[PlanPart],
+    making: Sequence[Sequence[PlanPart]],
     attributed: Attributed | None,
 ) -> tuple[PlanPart, ...]:
     """Of a CUDA device: a layer at work and the next one, whatever the slots."""
@@ -209,8 +264,8 @@ def _on_device(
         PlanPart("head", head.elements * item),
         PlanPart("logits", LOGIT_ELEMENTS * (2 * item + 14)),
     ]
-    making = [shared[0], *grams[1:]]
-    return tuple(max((sweep, ends, making), key=total_bytes))
+    others = [[shared[0], *parts[1:]] for parts in making]
+    return tuple(max((sweep, ends, *others), key=total_bytes))
 
 
 def _largest(teacher: Model) -> Any:

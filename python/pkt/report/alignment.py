@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,22 +52,50 @@ def write_alignment(folder: Path, found: Mapping[str, Any]) -> Path:
 
 
 def _similarity(found: Mapping[str, Any]) -> Figure:
-    """Teacher layer × student layer, the pairing drawn over it."""
-    values = np.asarray(found["similarity"], dtype=np.float64)
+    note = "linear CKA of hidden states, unbiased; orange: the pairing"
+    if any(pair["unlike"] for pair in found["pairs"]):
+        note += "; diamond: one of the two slides over a window, the other does not"
+    return layer_map(
+        found["similarity"], found["pairs"], "How alike the layers of both models are", note
+    )
+
+
+def layer_map(
+    similarity: Any,
+    pairs: Sequence[Mapping[str, Any]],
+    heading: str,
+    note: str,
+    *,
+    norm: Normalize | None = None,
+    colours: Any = HEAT,
+) -> Figure:
+    """Teacher layer × student layer, the pairing drawn over it.
+
+    Args:
+        similarity: (L_T, L_S) numbers, as lists or as an array.
+        pairs: teacher and student layer, from 1; ``unlike`` ones are drawn as diamonds.
+        heading: what is shown.
+        note: the line below it.
+        norm: of the colours; ``None``: from 0, or the lowest, to the highest.
+        colours: colour map.
+
+    """
+    values = np.asarray(similarity, dtype=np.float64)
     deep, shallow = values.shape
     across = WIDTH - 1.9  # inches; the deeper model runs along the page
     height = min(max(across * shallow / deep, 1.6), 6.0)
     figure = Figure(figsize=(WIDTH, height + 1.45))
     whole = height + 1.45
     axes = figure.add_axes((0.7 / WIDTH, 0.5 / whole, across / WIDTH, height / whole))
-    norm = Normalize(min(0.0, float(values.min())), max(float(values.max()), 1e-6))
+    if norm is None:
+        norm = Normalize(min(0.0, float(values.min())), max(float(values.max()), 1e-6))
     axes.imshow(
-        values.T, cmap=HEAT, norm=norm, aspect="auto", origin="lower", interpolation="nearest",
+        values.T, cmap=colours, norm=norm, aspect="auto", origin="lower", interpolation="nearest",
         extent=(0.5, deep + 0.5, 0.5, shallow + 0.5),
     )  # fmt: skip
-    for pair in found["pairs"]:
+    for pair in pairs:
         axes.plot(
-            pair["teacher"], pair["student"], "s" if not pair["unlike"] else "D", mfc="none",
+            pair["teacher"], pair["student"], "D" if pair.get("unlike") else "s", mfc="none",
             mec=WINDOW, mew=1.6, ms=max(4.0, min(14.0, 300 / deep)),
         )  # fmt: skip
     axes.spines[:].set_visible(False)
@@ -75,12 +103,9 @@ def _similarity(found: Mapping[str, Any]) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
     scale = figure.add_axes((1 - 0.85 / WIDTH, 0.5 / whole, 0.1 / WIDTH, height / whole))
-    bar = figure.colorbar(ScalarMappable(norm, HEAT), cax=scale)
+    bar = figure.colorbar(ScalarMappable(norm, colours), cax=scale)
     bar.outline.set_visible(False)
-    note = "linear CKA of hidden states, unbiased; orange: the pairing"
-    if any(pair["unlike"] for pair in found["pairs"]):
-        note += "; diamond: one of the two slides over a window, the other does not"
-    title(figure, "How alike the layers of both models are", note)
+    title(figure, heading, note)
     return figure
 
 

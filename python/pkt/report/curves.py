@@ -12,9 +12,11 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pkt.errors import OutputError
+from pkt.report.alignment import layer_map
 from pkt.report.pictures import ACCENT, INK, PALE, QUIET, STYLE, WIDTH, WINDOW, as_png, title
 
 Metrics = Sequence[Mapping[str, float]]
@@ -22,6 +24,9 @@ Metrics = Sequence[Mapping[str, float]]
 
 def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) -> Path:
     """Write ``loss.png`` and ``index.html``, which embeds it, and return the page's path.
+
+    Where the manifest tells how alike the layers of teacher and student are, three heat maps join:
+    ``similarity_before.png``, ``similarity_after.png`` and ``similarity_change.png``.
 
     Args:
         folder: where to write; made if missing.
@@ -35,11 +40,15 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        picture = as_png(_losses(metrics, manifest["options"].get("objective")))
-    page = _page(manifest, metrics, picture)
+        losses = _losses(metrics, manifest["options"].get("objective"))
+        pictures = {"loss.png": as_png(losses)}
+        if "similarity" in manifest:
+            pictures |= {name: as_png(made) for name, made in _similarities(manifest).items()}
+    page = _page(manifest, metrics, pictures)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "loss.png").write_bytes(picture)
+        for name, picture in pictures.items():
+            (folder / name).write_bytes(picture)
         (folder / "index.html").write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"{folder}: the report cannot be written: {error.strerror}") from error
@@ -92,6 +101,28 @@ def _mark_stages(axes: Any, metrics: Metrics) -> None:
         )  # fmt: skip
 
 
+def _similarities(manifest: Mapping[str, Any]) -> dict[str, Figure]:
+    """Teacher layer × student layer before and after, in the same colours, and what changed."""
+    found = manifest["similarity"]
+    before, after = (np.asarray(found[name], dtype=np.float64) for name in ("before", "after"))
+    pairs = [{"teacher": pair[0], "student": pair[1]} for pair in manifest["targets"]["pairs"]]
+    low, high = (float(f([f(before), f(after)])) for f in (np.min, np.max))
+    both, most = Normalize(min(0.0, low), max(high, 1e-6)), max(np.abs(after - before).max(), 1e-4)
+    note = f"linear CKA of hidden states at {found['positions']} answer tokens; orange: the pairing"
+    return {
+        "similarity_before.png": layer_map(
+            before, pairs, "How alike the layers are, before training", note, norm=both
+        ),
+        "similarity_after.png": layer_map(
+            after, pairs, "How alike the layers are, after training", note, norm=both
+        ),
+        "similarity_change.png": layer_map(
+            after - before, pairs, "What training changed", "after less before; red: more alike",
+            norm=Normalize(-most, most), colours="RdBu_r",
+        ),
+    }  # fmt: skip
+
+
 def _label(axes: Any, x: Any, y: Any, text: str, colour: str) -> None:
     """A curve's name above its end."""
     axes.annotate(
@@ -115,7 +146,7 @@ def _smoothed(values: Any) -> Any:
     return np.array(smooth)
 
 
-def _page(manifest: Mapping[str, Any], metrics: Metrics, picture: bytes) -> str:
+def _page(manifest: Mapping[str, Any], metrics: Metrics, pictures: Mapping[str, bytes]) -> str:
     source = resources.files("pkt").joinpath("data/curves.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     options = {
@@ -127,5 +158,18 @@ def _page(manifest: Mapping[str, Any], metrics: Metrics, picture: bytes) -> str:
         manifest=manifest,
         options=options,
         held_out=[row for row in metrics if "eval_loss" in row],
-        picture=base64.b64encode(picture).decode(),
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        alike=_pairs(manifest),
     )
+
+
+def _pairs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each pair's similarity before and after."""
+    if "similarity" not in manifest:
+        return []
+    found = manifest["similarity"]
+    return [
+        {"teacher": teacher, "student": student}
+        | {name: found[name][teacher - 1][student - 1] for name in ("before", "after")}
+        for teacher, student, _ in manifest["targets"]["pairs"]
+    ]

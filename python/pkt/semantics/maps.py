@@ -27,6 +27,9 @@ class Evidence:
     sizes: tuple[int, int]  #: D_T, D_S
     bases: Bases | None = None  #: of the heads, or of the input embeddings
     states: tuple[torch.Tensor, torch.Tensor] | None = None  #: (n, D_T), (n, D_S) of one layer pair
+    channels: torch.Tensor | None = (
+        None  #: (D_T,) gradient × activation of the pair's teacher layer
+    )
     seed: int = 0
 
 
@@ -34,9 +37,14 @@ class Evidence:
 class MapKind:
     """A map that can be asked for by name."""
 
-    needs: Literal["head", "embedding", "states", "sizes"]
+    needs: Literal["head", "embedding", "states", "channels", "sizes"]  #: "channels": states too
     make: Callable[[Evidence], torch.Tensor]  #: M (D_S, D_T) float64
     about: str
+
+    @property
+    def fitted(self) -> bool:
+        """Whether each layer pair has a map of its own, fitted on its states."""
+        return self.needs in ("states", "channels")
 
 
 def _cosine(given: Evidence) -> torch.Tensor:
@@ -77,6 +85,22 @@ def _procrustes(given: Evidence) -> torch.Tensor:
     return turned * float(sigma.sum() / theirs.square().sum())
 
 
+def _flex(given: Evidence) -> torch.Tensor:
+    """``c P``: the D_S channels of highest gradient × activation, ascending (ties: the lower one).
+
+    ``c = ‖X_S‖_F / ‖X_T Pᵀ‖_F`` gives them the size of the student's states.
+    """
+    assert given.channels is not None, "this map is made from the channels of a layer"
+    theirs, ours = _states(given)
+    wide, narrow = theirs.shape[1], ours.shape[1]
+    order = given.channels.double().cpu().sort(descending=True, stable=True).indices
+    kept = order[:narrow].sort().values.to(theirs.device)
+    scale = float(ours.norm() / theirs[:, kept].norm().clamp_min(1e-300))
+    made = torch.zeros(narrow, wide, dtype=torch.float64, device=theirs.device)
+    made[torch.arange(len(kept)), kept] = scale
+    return made
+
+
 def _random(given: Evidence) -> torch.Tensor:
     """Independent Gaussian entries."""
     draw = torch.Generator().manual_seed(given.seed)
@@ -96,6 +120,7 @@ MAPS: dict[str, MapKind] = {
     "dual": MapKind("head", _dual, "the student's state of nearest logits"),
     "ridge": MapKind("states", _ridge, "least squares on paired states, a map for each pair"),
     "procrustes": MapKind("states", _procrustes, "a rotation fitted on them, one for each pair"),
+    "flex": MapKind("channels", _flex, "control: the channels of highest attribution, scaled"),
     "embedding": MapKind("embedding", _cosine, "control: v1 over the rows of the input embeddings"),
     "random": MapKind("sizes", _random, "control: Gaussian entries"),
     "truncate": MapKind("sizes", _truncate, "control: the first channels as they are"),

@@ -2,13 +2,15 @@
 
 As `pkt.sweep.passes`, but only activations have gradients: no weight has a gradient buffer, and a
 layer's record is one number a seed. Of what a layer adds to the residual stream, a, and the answer
-loss L of a seed it is ``|Σ_{t,c} a ⊙ ∂L/∂a|`` over its tokens t and channels c.
+loss L of a seed it is ``|Σ_{t,c} a ⊙ ∂L/∂a|`` over its tokens t and channels c; if it is asked for,
+``|Σ_t a ⊙ ∂L/∂a|`` of each channel too.
 
 Source: Gu et al., arXiv 2510.24208.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -20,10 +22,20 @@ from pkt.sweep.taps import SubLayers
 Added = Literal["attn", "mlp", "block"]
 
 
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """What the loss of the seeds hangs on."""
+
+    layers: list[float]  #: A of each
+    channels: list[list[float]]  #: of each layer that of its channels (D,); empty: not asked for
+
+
 class AttributionSweep(Sweep):
     """A `Sweep` whose backward pass attributes the loss to what layers add."""
 
-    def attribute(self, added: Added, *, absolute: bool = False) -> list[float]:
+    def attribute(
+        self, added: Added, *, absolute: bool = False, channels: bool = False
+    ) -> Attribution:
         """A of each layer: the mean over seeds of ``|Σ_{t,c} a ⊙ ∂L/∂a|``, summed in float64.
 
         A hidden state itself has no such number: it feeds norms that no scale changes, so its
@@ -33,17 +45,24 @@ class AttributionSweep(Sweep):
             added: a: the output of a sub-layer as it is added, or ``h_out − h_in`` ("block"), whose
                 gradient is that of h_out.
             absolute: the absolute value is taken of each element, before the sum.
+            channels: whether each channel's is wanted: the mean over seeds of ``|Σ_t a ⊙ ∂L/∂a|``.
 
         Raises:
             As `Sweep.run`.
 
         """
-        self._added, self._absolute = added, absolute
+        self._added, self._absolute, self._channels = added, absolute, channels
         _, records = self.run(cast("Observer", self))  # `_backward` itself observes
-        return [sum(record["seeds"]) / len(self.seeds) for record in records]
+        count = len(self.seeds)
+        return Attribution(
+            [sum(record["seeds"]) / count for record in records],
+            [[each / count for each in record["channels"]] for record in records]
+            if channels else [],
+        )  # fmt: skip
 
     def _backward(self, index: int, weights: Weights, observer: Observer | None) -> None:
         sums = []
+        by_channel = torch.zeros(self.spool.width, dtype=torch.float64, device=self.device)
         with self.spool.writer(upstream_of(index)) as out, SubLayers(self.skeleton, index) as parts:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
@@ -58,12 +77,17 @@ class AttributionSweep(Sweep):
                     added = parts.added(self._added)
                     gradient, of_added = torch.autograd.grad(result, [leaf, added], upstream[None])
                 product = added.detach().double() * of_added.double()
-                sums.append(float((product.abs() if self._absolute else product).sum().abs()))
+                product = product.abs() if self._absolute else product
+                sums.append(float(product.sum().abs()))
+                if self._channels:
+                    by_channel += product.flatten(0, -2).sum(0).abs()
                 if not bool(gradient.isfinite().all()) or not sums[-1] < torch.inf:
                     raise self._bad_layer(index, weights, seed, "gradient")
                 out.append(gradient)
         if observer:
             record: dict[str, Any] = {"seeds": sums}
+            if self._channels:
+                record["channels"] = by_channel.tolist()
             self.spool.put(record_of(index), record)
             self._records.insert(0, record)
             wait_for_all()

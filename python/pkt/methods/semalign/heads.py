@@ -81,7 +81,7 @@ def pair_maps(
         notify: told of (maps made, maps in all).
 
     """
-    wanted = [name for name in names if MAPS[name].needs != "states"]
+    wanted = [name for name in names if not MAPS[name].fitted]
     sizes = (heads.teacher.width, heads.student.width)
     opened: dict[str, Bases] = {}
     made, facts, reused = {}, {}, []

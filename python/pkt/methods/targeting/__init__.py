@@ -5,7 +5,8 @@ answer token and the sum over all of them, and from its activations, mapped to t
 (`pkt.targets`). Every example goes through layer i before any meets layer i + 1, as in an
 extraction, so the teacher is read once, whatever the number of examples; only the hidden states
 before and behind the layer in use are on the disk, and of earlier ones the rows still needed. Where
-the layers are chosen by attribution it is read twice more, for a few examples.
+the layers are chosen by attribution it is read twice more, for a few examples, and once more where
+a map is fitted on its activations.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pkt.errors import OutputError
 from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
+from pkt.methods.targeting.fitting import Carry, fitted, map_file
+from pkt.methods.targeting.kernels import LayerKernels
 from pkt.methods.targeting.online import LiveTargets
 from pkt.methods.targeting.shards import LogitShards
-from pkt.methods.targeting.states import StateShards
+from pkt.methods.targeting.states import LostRowsError, StateShards
 from pkt.methods.targeting.sweeps import Sweeps
-from pkt.methods.targeting.task import DTYPES, Aligned, Attributing, Config, States, Task
+from pkt.methods.targeting.task import Aligned, Attributing, Config, States, Task
+from pkt.models import Model
 from pkt.output import MANIFEST, as_json, publish, run_folder
 from pkt.pairing import unlike_attention
 from pkt.records import LayerPair, Reading, Recording
 from pkt.semantics import save_map
 from pkt.stream import CheckpointSource
-from pkt.sweep import build_skeleton, durable
+from pkt.sweep import Sweep, durable
 from pkt.targets import FOLDER, INDEX, index_text
 
 __all__ = [
@@ -47,6 +53,7 @@ __all__ = [
 ]
 
 MAPS = "maps"  # folder of M, in OUT
+MOST_REMADE = 3  # times that kept rows are made again
 
 Notify = Callable[[str, int, int], None]
 MakeMap = Callable[[Path], tuple[torch.Tensor, dict[str, Any]]]
@@ -80,11 +87,14 @@ def run(
         PktError: and its subclasses, see `pkt.errors`.
 
     """
-    config, place = task.config, torch.device(device)
-    dtype, costs, peak = DTYPES[config.dtype], Costs(), PeakMeter()
-    weights = task.teacher.checkpoint.state()
+    place = torch.device(device)
+    costs, peak = Costs(), PeakMeter()
+    weights = _weights(task)
     identity = {**task.identity(), "device": place.type, "weights": weights}
-    earlier, maps = _earlier(folder, weights) if task.states else (None, {})
+    earlier: dict[str, Any] | None = None
+    maps: dict[str, bytes] = {}
+    if task.states:
+        earlier, maps = _earlier(folder, weights, fitting=task.states.fitted_on > 0)
     with (
         peak.running(),
         one_thread(task.teacher.small),
@@ -93,32 +103,30 @@ def run(
         records, staged = work / "spool", work / "result"
         for needed in (records, staged, staged / FOLDER):
             needed.mkdir(exist_ok=True)
-        with costs.phase("skeleton"):
-            skeleton = build_skeleton(task.teacher.folder, dtype, place)
-        source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, place)
-        about = Sweeps(task, skeleton, source, notify, costs)
+        opened = partial(Sweeps, task, io=io.mode, device=place, notify=notify, costs=costs)
+        about = opened(task.teacher)
+        source = about.source
         try:
             found: dict[str, Any] = {}
             states: StateShards | None = None
             spool = about.spool(records, task.texts)
             if task.states:
-                # 1. The layers that the answers hang on, and the pairs; 2. the map between them.
-                pairs, found = _pairs(task, work, about, earlier)
-                if task.states.attributing:
-                    paired(pair_rows(task, pairs))
-                matrix, heads = _map(task, work, maps, make_map, costs)
-                found |= heads
-                states = StateShards(task, pairs, matrix, staged / FOLDER, spool)
+                # 1. The layers that the answers hang on, and the pairs; 2. the maps between them.
+                pairs, carry, found = _carried(
+                    task, work, opened, about, make_map, paired, notify, costs, earlier, maps
+                )
+                states = StateShards(task, pairs, carry, staged / FOLDER, spool)
             logits = LogitShards(task, staged / FOLDER, spool)
             # 3. Every example through every layer, whose states are mapped as it is passed;
             # 4. from the last hidden states, the logits.
-            about.forward(about.sweep(task.texts, spool), logits, states)
+            kernels = LayerKernels(task, staged / FOLDER, spool) if task.states else None
+            _forward(about.sweep(task.texts, spool), logits, states, kernels)
         finally:
             source.close()
-        _write_index(task, staged / FOLDER / INDEX, logits, states)
+        _write_index(task, staged / FOLDER / INDEX, logits, states, kernels)
         found = {**task.identity(), **logits.means(), **_told(task, found, states)}
         if states:
-            _stage(task, work, staged, found)
+            _stage(task, states.index.pairs, work, staged, found)
         record = {**_cost(task, source, io, costs, peak), "weights": weights}
         publish(folder, staged, {"pkt_run.json": as_json(record), MANIFEST: as_json(found)})
     return Recording(folder, found, record)
@@ -137,8 +145,8 @@ def hold(
 ) -> tuple[LiveTargets, dict[str, Any]]:
     """The targets without writing them: the whole teacher is read into memory and stays there.
 
-    Attribution, where pairs follow from it, streams the teacher before; its result and the map stay
-    in ``work`` for a run that is continued.
+    Attribution, where pairs follow from it, streams the teacher before, and so does the fit of a
+    map to activations; their results stay in ``work`` for a run that is continued.
 
     Args:
         task: opened inputs and options.
@@ -151,31 +159,29 @@ def hold(
         paired: as of `run`.
 
     Returns:
-        the targets, and what a manifest says of pairs and heads.
+        the targets, and what a manifest says of pairs and maps.
 
     Raises:
         PktError: and its subclasses, see `pkt.errors`.
 
     """
-    config, costs = task.config, Costs()
-    records, dtype = work / "spool", DTYPES[config.dtype]
-    skeleton = build_skeleton(task.teacher.folder, dtype, device)
-    source = CheckpointSource(task.teacher.checkpoint, io.mode, task.plan.slots, dtype, device)
-    about = Sweeps(task, skeleton, source, notify, costs)
+    costs = Costs()
+    opened = partial(Sweeps, task, io=io.mode, device=device, notify=notify, costs=costs)
+    about = opened(task.teacher)
     try:
         pairs: Sequence[LayerPair] = ()
-        matrix: torch.Tensor | None = None
+        carry: Carry | None = None
         found: dict[str, Any] = {}
         if task.states:
-            pairs, found = _pairs(task, work, about, None)
-            if task.states.attributing:
-                paired(pair_rows(task, pairs))
-            matrix, heads = _map(task, work, {}, make_map, costs)
-            found |= {"pairs": pair_rows(task, pairs), **heads}
+            pairs, carry, found = _carried(
+                task, work, opened, about, make_map, paired, notify, costs, None, {}
+            )
+            found |= {"pairs": pair_rows(task, pairs)}
         about.release()
-        return LiveTargets(task, about.resident(records), pairs, matrix, logits=logits), found
+        held = about.resident(task.texts, work / "spool")
+        return LiveTargets(task, held, pairs, carry, logits=logits), found
     finally:
-        source.close()
+        about.source.close()
 
 
 def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
@@ -195,6 +201,79 @@ def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
     ]
 
 
+def _forward(
+    sweep: Sweep, logits: LogitShards, states: StateShards | None, kernels: LayerKernels | None
+) -> None:
+    """One pass, from wherever the spool stands; what is found damaged is made again."""
+    depth, remade = len(sweep.skeleton.layers), 0
+    while True:
+        wanted = states.wanted() if states else set()
+        wanted |= kernels.wanted() if kernels else set()
+        if not logits.finished:
+            wanted.add(depth)
+        if not wanted:
+            return
+        if states:
+            states.tap(sweep)
+        visit = partial(_visit, sweep=sweep, logits=logits, states=states, kernels=kernels)
+        visits = {index: partial(visit, index) for index in wanted}
+        try:
+            sweep.forward(visits)
+        except LostRowsError as lost:
+            remade += 1
+            if remade > MOST_REMADE or not states:
+                raise OutputError(
+                    f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
+                    "the disk is unreliable: continue on another with --spool-dir",
+                ) from lost
+            states.forget(lost.damage.name)
+
+
+def _visit(
+    index: int,
+    sweep: Sweep,
+    logits: LogitShards,
+    states: StateShards | None,
+    kernels: LayerKernels | None,
+) -> None:
+    """What is left to do at one boundary."""
+    if states:
+        states.at(index, sweep)
+    if kernels:
+        kernels.at(index, sweep)
+    if index == len(sweep.skeleton.layers) and not logits.finished:
+        logits.write(sweep)
+
+
+def _carried(
+    task: Task,
+    work: Path,
+    opened: Callable[[Model], Sweeps],
+    about: Sweeps,
+    make_map: MakeMap | None,
+    paired: Callable[[list[dict[str, Any]]], None],
+    notify: Notify,
+    costs: Costs,
+    earlier: Mapping[str, Any] | None,
+    maps: dict[str, bytes],
+) -> tuple[Sequence[LayerPair], Carry, dict[str, Any]]:
+    """The pairs, what carries each layer's states over, and what a manifest says of both."""
+    assert task.states
+    pairs, found = _pairs(task, work, about, earlier)
+    if task.states.pairs is None:
+        paired(pair_rows(task, pairs))
+    channels = found.get("attribution", {}).pop("channels", [])
+    _held_maps(work, maps)
+    if task.states.fitted_on:
+        assert task.student
+        carry, about_maps = fitted(
+            task, work, about, partial(opened, task.student), pairs, channels, notify, costs
+        )
+    else:
+        carry, about_maps = _map(task, work, make_map, costs)
+    return pairs, carry, {**found, **about_maps}
+
+
 def _pairs(
     task: Task, work: Path, sweeps: Sweeps, earlier: Mapping[str, Any] | None
 ) -> tuple[Sequence[LayerPair], dict[str, Any]]:
@@ -208,34 +287,35 @@ def _pairs(
     pairs = task.states.pairs
     if pairs is None:
         pairs = chosen_pairs(task, made["scores"])
-    kept = {name: made[name] for name in ("examples", "loss", "scores")}
+    kept = {name: made[name] for name in ("examples", "loss", "scores", "channels") if name in made}
     with durable(work / RESULT) as file:
         file.write(as_json(made).encode())
     return pairs, {"attribution": kept}
 
 
-def _map(
-    task: Task,
-    work: Path,
-    held: dict[str, bytes],
-    make_map: MakeMap | None,
-    costs: Costs,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """M, made or taken from an earlier run, and what is to be known of the heads."""
-    assert make_map, "states are mapped"
-    assert task.states
+def _held_maps(work: Path, held: dict[str, bytes]) -> None:
+    """Lay maps of an earlier run where those of this one will lie."""
     folder = work / MAPS
     folder.mkdir(exist_ok=True)
     for name, data in held.items():
         if not (folder / name).exists():
             (folder / name).write_bytes(data)
     held.clear()
+
+
+def _map(
+    task: Task, work: Path, make_map: MakeMap | None, costs: Costs
+) -> tuple[Carry, dict[str, Any]]:
+    """M, made or taken from an earlier run, and what is to be known of the heads."""
+    assert make_map, "states are mapped"
+    assert task.states
+    folder = work / MAPS
     with costs.phase("map"):
         matrix, heads = make_map(folder)
-    path = folder / f"{task.states.map}.safetensors"
+    path = folder / map_file(task, 0)
     if not path.exists():  # it needs no head
         save_map(path, matrix, {"map": task.states.map, "seed": task.states.seed}, {})
-    return matrix, {"heads": heads} if heads else {}
+    return lambda layer: matrix, {"heads": heads} if heads else {}
 
 
 def _told(task: Task, found: Mapping[str, Any], states: StateShards | None) -> dict[str, Any]:
@@ -259,22 +339,30 @@ def _told(task: Task, found: Mapping[str, Any], states: StateShards | None) -> d
     return {**told, "files": files}
 
 
-def _write_index(task: Task, path: Path, logits: LogitShards, states: StateShards | None) -> None:
+def _write_index(
+    task: Task,
+    path: Path,
+    logits: LogitShards,
+    states: StateShards | None,
+    kernels: LayerKernels | None,
+) -> None:
     shards = list(zip(task.shards, logits.digests(), strict=True))
     text = index_text(
         shards, task.answers, task.config.top_k,
         states.index if states else None, states.files() if states else (),
+        kernels.index() if kernels else None,
     )  # fmt: skip
     with durable(path) as file:
         file.write(text.encode())
 
 
-def _stage(task: Task, work: Path, staged: Path, found: Mapping[str, Any]) -> None:
-    """Map, attribution and report, where results are published from."""
-    assert task.states
+def _stage(
+    task: Task, pairs: Sequence[LayerPair], work: Path, staged: Path, found: Mapping[str, Any]
+) -> None:
+    """Maps, attribution and report, where results are published from."""
     (staged / MAPS).mkdir(exist_ok=True)
-    name = f"{task.states.map}.safetensors"
-    shutil.copyfile(work / MAPS / name, staged / MAPS / name)
+    for name in {map_file(task, pair.student) for pair in pairs}:
+        shutil.copyfile(work / MAPS / name, staged / MAPS / name)
     if "attribution" in found:
         from pkt.report import write_attribution  # matplotlib is loaded from here on
 
@@ -282,10 +370,23 @@ def _stage(task: Task, work: Path, staged: Path, found: Mapping[str, Any]) -> No
         shutil.copyfile(work / RESULT, staged / RESULT)
 
 
+def _weights(task: Task) -> dict[str, int]:
+    """When the weights that the result depends on were last written to."""
+    found = dict(task.teacher.checkpoint.state())
+    if task.states and task.states.fitted_on and task.student:
+        state = task.student.checkpoint.state()
+        found |= {f"student: {name}": at for name, at in state.items()}
+    return found
+
+
 def _earlier(
-    folder: Path, weights: Mapping[str, int]
+    folder: Path, weights: Mapping[str, int], *, fitting: bool
 ) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
-    """What a finished run left in OUT that may hold of this one too: attribution, maps."""
+    """What a finished run left in OUT that may hold of this one too: attribution, maps.
+
+    What depends on more weights than the heads' is none of this run's unless all are as they were.
+    """
+    same = False
     try:
         run = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         same = run.get("weights") == dict(weights)
@@ -294,6 +395,8 @@ def _earlier(
         made = None
     maps = {}
     for path in sorted((folder / MAPS).glob("*.safetensors")):
+        if fitting and not same:
+            continue
         try:
             maps[path.name] = path.read_bytes()
         except OSError:

@@ -43,6 +43,7 @@ def attribution_inputs(task: Task) -> dict[str, Any]:
     assert task.states.attributing
     wanted = task.states.attributing
     texts = task.texts[: wanted.examples]
+    channels = {"channels": True} if task.states.needs_channels else {}
     return {
         "format": 1,
         "teacher": task.teacher.hashes(),
@@ -50,6 +51,7 @@ def attribution_inputs(task: Task) -> dict[str, Any]:
         "of": task.states.interface if task.states.interface in ("mlp", "attn") else "block",
         "absolute": wanted.absolute,
         "dtype": task.config.dtype,
+        **channels,
     }
 
 
@@ -68,7 +70,8 @@ def attributed(
         earlier: what lay in OUT, of the same weights.
 
     Returns:
-        JSON: ``scores``, A of each layer; ``loss``, the mean over texts; ``inputs``.
+        JSON: ``scores``, A of each layer; ``loss``, the mean over texts; ``inputs``; where the map
+        needs them, ``channels``, of each layer those of its channels.
 
     """
     assert task.states
@@ -81,14 +84,18 @@ def attributed(
     records = work / "attribution"
     records.mkdir(exist_ok=True)
     sweep = make_sweep(texts, records)
-    scores = sweep.attribute(inputs["of"], absolute=inputs["absolute"])
+    made = sweep.attribute(
+        inputs["of"], absolute=inputs["absolute"], channels=task.states.needs_channels
+    )
     losses = sweep.spool.get("losses") or []
     found = {
         "inputs": inputs,
         "examples": len(texts),
         "loss": sum(losses) / len(losses),
-        "scores": scores,
+        "scores": made.layers,
     }
+    if made.channels:
+        found["channels"] = made.channels
     with durable(work / RESULT) as file:
         file.write(as_json(found).encode())
     drop_tensors(records)

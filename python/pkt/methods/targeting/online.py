@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from pkt.methods.targeting.states import SUB_LAYERS
-from pkt.methods.targeting.task import Task
-from pkt.pairing import all_sources
+from pkt.methods.targeting.fitting import Carry, teacher_terms
+from pkt.methods.targeting.task import SUB_LAYERS, Task
 from pkt.records import LayerPair, TopLogits
 from pkt.sweep import ResidentSweep
 from pkt.targets import STORED, stored_states, top_logits
@@ -50,7 +49,7 @@ class LiveTargets:
         task: opened inputs and options.
         sweep: of its texts, whose weights are held.
         pairs: of layers; empty: there are no states.
-        matrix: M (D_S, D_T) float32; ``None`` without pairs.
+        carry: M (D_S, D_T) float32 of a student layer; ``None`` without pairs.
         logits: whether they are asked for; else a pass ends where the last state is.
 
     """
@@ -60,7 +59,7 @@ class LiveTargets:
         task: Task,
         sweep: ResidentSweep,
         pairs: Sequence[LayerPair],
-        matrix: torch.Tensor | None,
+        carry: Carry | None,
         *,
         logits: bool,
     ) -> None:
@@ -70,13 +69,13 @@ class LiveTargets:
         self.interface = task.states.interface if task.states else None
         self.map = task.states.map if task.states else None
         self._task, self._sweep, self._logits = task, sweep, logits and task.config.top_k > 0
-        self._matrix = None if matrix is None else matrix.to(sweep.device).T
+        found = {pair.student: carry(pair.student) for pair in self.pairs if carry}
+        moved = {id(matrix): matrix.to(sweep.device).T for matrix in found.values()}  # once each
+        self._matrices = {layer: moved[id(matrix)] for layer, matrix in found.items()}
         self._terms: dict[int, dict[int, float]] = {}
-        if task.states and task.student:
-            depths = task.teacher.layers, task.student.layers
-            terms = all_sources(self.pairs, task.states.interface, *depths)
+        if task.states:
             numbers = [pair.student for pair in self.pairs]
-            self._terms = dict(zip(numbers, terms, strict=True))
+            self._terms = dict(zip(numbers, teacher_terms(task, self.pairs), strict=True))
         self._kept: OrderedDict[int, _Passed] = OrderedDict()
 
     def of(self, example: int) -> TopLogits:
@@ -140,23 +139,24 @@ class LiveTargets:
                 text, self._task.positions[text], wanted, which, last=self._logits
             )
         for layer, terms in self._terms.items():
-            passed.states[layer] = self._mapped(terms, found)
+            passed.states[layer] = self._mapped(layer, terms, found)
         return passed
 
-    def _mapped(self, terms: dict[int, float], found: dict[int, torch.Tensor]) -> torch.Tensor:
+    def _mapped(
+        self, layer: int, terms: dict[int, float], found: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         """``M a``, in float32, then rounded."""
-        assert self._matrix is not None
         assert self._task.states
-        dtype = self._task.states.dtype
+        dtype, matrix = self._task.states.dtype, self._matrices[layer]
         if not found:
-            return torch.empty(0, self._matrix.shape[1], dtype=STORED[dtype])
+            return torch.empty(0, matrix.shape[1], dtype=STORED[dtype])
         state: torch.Tensor | None = None
         for source, factor in terms.items():
             rows = factor * found[source].float()
             state = rows if state is None else state + rows
         assert state is not None
         with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
-            return stored_states((state @ self._matrix).cpu(), dtype)[0]
+            return stored_states((state @ matrix).cpu(), dtype)[0]
 
     def _blocks(self, example: int, passed: _Passed) -> Iterator[torch.Tensor]:
         text = self._task.text_of(example)

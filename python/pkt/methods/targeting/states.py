@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
+from pkt.methods.targeting.fitting import Carry, teacher_terms
 from pkt.methods.targeting.shards import intact
-from pkt.methods.targeting.task import Task
-from pkt.pairing import sources, span_starts
+from pkt.methods.targeting.task import SUB_LAYERS, Task
 from pkt.records import LayerPair
 from pkt.sweep import DamagedError, RowsTap, Spool, Sweep, boundary, durable, kept_rows
 from pkt.targets import Shard, StatesIndex, pack_states, stored_states
-
-SUB_LAYERS = ("mlp", "attn")
 
 
 class LostRowsError(Exception):
@@ -53,7 +51,7 @@ class StateShards:
     Args:
         task: examples and options.
         pairs: of layers.
-        matrix: M (D_S, D_T) float32.
+        carry: M (D_S, D_T) float32 of a student layer.
         folder: of the shards, which exists.
         spool: keeps a record of each finished shard; its tensor files' folder holds kept rows too.
 
@@ -63,13 +61,13 @@ class StateShards:
         self,
         task: Task,
         pairs: Sequence[LayerPair],
-        matrix: torch.Tensor,
+        carry: Carry,
         folder: Path,
         spool: Spool,
     ) -> None:
         assert task.states
         assert task.student
-        self._task, self._matrix, self._folder, self._spool = task, matrix, folder, spool
+        self._task, self._carry, self._folder, self._spool = task, carry, folder, spool
         aligned = task.aligned.tokens if task.aligned else None
         states = task.states
         self.index = StatesIndex(
@@ -77,16 +75,9 @@ class StateShards:
             aligned,
         )  # fmt: skip
         self._taps = states.interface in SUB_LAYERS
-        starts: Sequence[LayerPair | None] = [None] * len(pairs)
-        if states.interface == "span":
-            starts = span_starts(pairs, task.teacher.layers, task.student.layers)
         self._targets = [
-            _Target(
-                pair.student,
-                sources(pair, states.interface, start),
-                self.index.layout(task.answers, pair.student),
-            )
-            for pair, start in zip(pairs, starts, strict=True)
+            _Target(pair.student, terms, self.index.layout(task.answers, pair.student))
+            for pair, terms in zip(pairs, teacher_terms(task, pairs), strict=True)
         ]
         self._positions = task.positions
         lengths = [len(positions) for positions in self._positions]
@@ -166,7 +157,7 @@ class StateShards:
 
     def _write(self, target: _Target, sweep: Sweep) -> None:
         """The files of one student layer: ``M a`` of each row, in float32, then rounded."""
-        matrix = self._matrix.to(sweep.device).T
+        matrix = self._carry(target.student).to(sweep.device).T
         for shard in target.shards:
             if shard.file in self._records:
                 continue

@@ -13,9 +13,11 @@ import torch
 import pkt
 from pkt.models import Model
 from pkt.records import LayerPair, Plan, Sample, SampleSet, SharedTokens
+from pkt.semantics import MAPS
 from pkt.targets import Shard, layout
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+SUB_LAYERS = ("mlp", "attn")  # interfaces that are what a part of a layer adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,12 @@ class States:
     attributing: Attributing | None = None  #: ``None``: no pair depends on it
     fold_norm: bool = True  #: into the heads that a map is made from
     seed: int = 0  #: of the map ``random``
+    fitted_on: int = 0  #: the first so many examples have the map of each pair fitted on; 0: none
+
+    @property
+    def needs_channels(self) -> bool:
+        """Whether the map is made from the attribution of channels."""
+        return MAPS[self.map].needs == "channels"
 
     def identity(self) -> dict[str, Any]:
         """What the states depend on, JSON."""
@@ -64,6 +72,8 @@ class States:
             found |= {"critical": self.critical, "interpolate": self.interpolate}
         if self.attributing:
             found["attribution"] = asdict(self.attributing)
+        if self.fitted_on:
+            found["fitted_on"] = self.fitted_on
         return found
 
 

@@ -29,8 +29,9 @@ from pkt.card import tuned_card
 from pkt.evaluation import cross_entropy
 from pkt.host import Costs, PeakMeter, one_thread
 from pkt.methods.tuning.export import write_tuned
+from pkt.methods.tuning.likeness import student_kernels
 from pkt.methods.tuning.model import begin, load_student
-from pkt.methods.tuning.record import manifest, run_record
+from pkt.methods.tuning.record import manifest, run_record, similarity
 from pkt.methods.tuning.task import DTYPES, Config, Online, Task, Taught
 from pkt.output import MANIFEST, as_json, as_jsonl, publish, run_folder
 from pkt.processes import is_first, share, sum_over_processes, wait_for_all
@@ -55,6 +56,7 @@ class Trained:
     trainable: int  #: parameters
     step_zero: StepZero
     metrics: list[dict[str, float]]
+    kernels: tuple[torch.Tensor, ...] = ()  #: of its layers, before and after; (L_S, n, n)
 
 
 def run(
@@ -107,7 +109,7 @@ def run(
             )  # fmt: skip
         trained = train(
             task, work / "checkpoints", place, save_steps=save_steps, notify=notify, stop=stop,
-            costs=costs,
+            costs=costs, compared=True,
         )  # fmt: skip
         if taught:
             taught.close()
@@ -120,6 +122,8 @@ def run(
         with costs.phase("export"):
             exported = write_tuned(task, trained.model, staged)
         found = manifest(task, trained.step_zero, exported, trained.metrics)
+        if task.kernels:
+            found["similarity"] = similarity(task.kernels, *trained.kernels)
         with costs.phase("report"):
             write_curves(staged / "report", found, trained.metrics)
         record = run_record(costs, peak, trained.trainable)
@@ -169,8 +173,12 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     costs: Costs | None = None,
     student: Any = None,
+    compared: bool = False,
 ) -> Trained:
-    """The steps of the method up to the trained model; ``student``: already loaded."""
+    """The steps of the method up to the trained model.
+
+    ``student``: already loaded; ``compared``: its layers are held against the teacher's kernels.
+    """
     config, costs = task.config, costs or Costs()
     dtype, samples = DTYPES[config.dtype], task.samples.samples
     with costs.phase("load"):
@@ -191,6 +199,12 @@ def train(
         with costs.phase("evaluate"):
             metrics.append({"step": 0, "epoch": 0.0, "eval_loss": held_out(model)})
         notify("train", 0, 0, metrics[0])
+    places = task.kernels.places if task.kernels and compared else ()
+    look = partial(student_kernels, layers=task.student.layers, samples=samples, places=places)
+    kernels = []
+    if places:
+        with costs.phase("similarity"):
+            kernels.append(look(model))
     # 3. Fine-tuning.
     with costs.phase("train"):
         metrics += fit(
@@ -199,8 +213,11 @@ def train(
             notify=lambda step, steps, found: notify("train", step, steps, found),
             stop=stop, save_steps=save_steps,
         )  # fmt: skip
+    if places:
+        with costs.phase("similarity"):
+            kernels.append(look(model))
     trainable = sum(half.a.numel() + half.b.numel() for half in start.trained.values())
-    return Trained(model, trainable, step_zero, metrics)
+    return Trained(model, trainable, step_zero, metrics, tuple(kernels))
 
 
 def _held_out(samples: Sequence[Sample]) -> Callable[[Any], float]:

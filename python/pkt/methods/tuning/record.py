@@ -11,6 +11,8 @@ import torch
 from pkt.host import Costs, PeakMeter, describe
 from pkt.methods.tuning.export import Exported
 from pkt.methods.tuning.task import Task
+from pkt.similarity import kernel_cka
+from pkt.targets import Kernels
 from pkt.training import StepZero
 
 
@@ -32,6 +34,15 @@ def manifest(
         "rank": exported.rank,
         "export": {"difference": exported.check.difference, "bound": exported.check.bound},
     }
+
+
+def similarity(teacher: Kernels, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+    """Linear CKA of each teacher layer with each student layer, before and after; 4 decimals."""
+    both = {
+        name: [[round(value, 4) for value in row] for row in kernel_cka(teacher.layers, ours)]
+        for name, ours in (("before", before), ("after", after))
+    }
+    return {"positions": len(teacher.places), **both}
 
 
 def run_record(costs: Costs, peak: PeakMeter, trainable: int) -> dict[str, Any]:

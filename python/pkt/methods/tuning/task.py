@@ -13,6 +13,7 @@ import pkt
 from pkt.methods.tuning.starts import Form
 from pkt.models import Model
 from pkt.records import LowRank, Plan, SampleSet
+from pkt.targets import Kernels
 from pkt.training import Objective, Schedule
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -76,6 +77,7 @@ class Task:
     objective: Objective | None = None  #: the loss that these targets make; None: the labels'
     online: Online | None = None  #: makes the objective, where it is not made of files
     found: Mapping[str, Any] = field(default_factory=dict)  #: by it, for the manifest
+    kernels: Kernels | None = None  #: of the teacher's layers; None: they are not compared
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""
