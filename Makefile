@@ -56,7 +56,7 @@ check-python: $(VENV)/.core
 # never ended, which is no leak.
 MIRI := -Zmiri-disable-isolation -Zmiri-tree-borrows -Zmiri-permissive-provenance \
 	-Zmiri-ignore-leaks
-MIRI_TESTS := reader:: stream:: writer::tests::a_file sensitivity::tests::opposite \
+MIRI_TESTS := reader:: stream:: sensitivity::tests::opposite \
 	sensitivity::tests::overflow sensitivity::tests::empty selection::window::tests::ties_go \
 	selection::window::tests::windows
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pkt.records import LayerPair, SampleSet, TopLogits
+from pkt.records import LayerPair, TopLogits
 from pkt.targets import top_logits
 
 
@@ -34,18 +34,3 @@ class Remembered:
         if self.kept is None:
             return torch.arange(self.answers[example])
         return self.kept[example]
-
-
-def drawn(
-    samples: SampleSet, layers: Sequence[int], width: int, vocabulary: int, seed: int = 0,
-    **options: object,
-) -> Remembered:  # fmt: skip
-    """Random states and logits for these samples."""
-    draw = torch.Generator().manual_seed(seed)
-    answers = [sample.loss_tokens for sample in samples.samples]
-    held = {
-        layer: [torch.randn(count, width, generator=draw) for count in answers] for layer in layers
-    }
-    logits = [2 * torch.randn(count, vocabulary, generator=draw) for count in answers]
-    pairs = tuple(LayerPair(layer, layer) for layer in layers)
-    return Remembered(pairs, answers, held, logits, **options)  # type: ignore[arg-type]

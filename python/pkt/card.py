@@ -100,7 +100,7 @@ model = PeftModel.from_pretrained(student, ".")  # this folder
 | student | {student_model} |
 | training data | {data} |
 | steps | {steps} of {batch} examples |
-| training loss, last step | {loss} nats a token |
+| training loss, last step | {loss} |
 {held_out}| start | {start} |
 {options}
 
@@ -171,7 +171,7 @@ def tuned_card(manifest: Mapping[str, Any], base_model: str) -> str:
         f"loss, `{data['sha256'][:12]}`",
         steps=manifest["steps"],
         batch=options["batch_size"],
-        loss=f"{manifest['loss']:.4f}",
+        loss=f"{manifest['loss']:.4f} {loss_unit(options)}",
         held_out=held_out,
         start=_cell(start["init"] + ("" if start["init"] == "lora" else f", {form}")),
         options=_rows(options),
@@ -187,6 +187,12 @@ def _base(method: str, base_model: str) -> tuple[dict[str, Any], str, str]:
         return front, base_model, f"[{base_model}](https://huggingface.co/{base_model})"
     name = os.path.basename(os.path.abspath(base_model)) or "student"
     return front, name, f"the model in the folder `{_cell(name)}`"
+
+
+def loss_unit(options: Mapping[str, Any]) -> str:
+    """What a training loss is counted in: nats, but where it is made of activations too."""
+    objective = options.get("objective")
+    return f"({objective})" if objective else "nats a token"
 
 
 def _rows(options: Mapping[str, Any]) -> str:

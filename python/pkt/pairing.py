@@ -163,6 +163,16 @@ def sources(pair: LayerPair, interface: str, start: LayerPair | None = None) -> 
     return {at: factor for at, factor in sorted(found.items()) if factor}
 
 
+def all_sources(
+    pairs: Sequence[LayerPair], interface: str, teacher_layers: int, student_layers: int
+) -> list[dict[int, float]]:
+    """`sources` of each pair; spans begin where `span_starts` says."""
+    starts: Sequence[LayerPair | None] = [None] * len(pairs)
+    if interface == "span":
+        starts = span_starts(pairs, teacher_layers, student_layers)
+    return [sources(pair, interface, start) for pair, start in zip(pairs, starts, strict=True)]
+
+
 def most_kept(terms: Sequence[Mapping[int, float]], *, sub_layers: bool) -> int:
     """The most sources whose states lie on the disk at once, of targets made as soon as they can.
 

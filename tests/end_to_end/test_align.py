@@ -197,7 +197,7 @@ def test_what_it_says_before_and_after(bench: Bench, tmp_path: Path) -> None:
     words = [w for w in bench.words(tmp_path / "out") if w != "-q"]
     made = pkt(*words)
     assert made.code == 0, made.err
-    assert "v1 at mlp, map cosine, output loss cosine" in made.err
+    assert "v1 from mlp through cosine, beside it the output's cosine" in made.err
     assert "teacher layer" in made.err
     again = pkt(*words)
     assert again.err.count("finished already") == 2
@@ -212,7 +212,7 @@ def test_what_it_says_before_and_after(bench: Bench, tmp_path: Path) -> None:
         (["--objective", "v2", "--max-steps", 1], 2, "a step or more for each"),
         (["--kl-weight", 2], 2, "--kl-weight"),
         (["--pairs", "9:1"], 2, "teacher layer 9"),
-        (["--targets-only", "--epochs", 2], 2, "--epochs: not used with --targets-only"),
+        (["--targets-only", "--epochs", 2], 2, "not used with --targets-only"),
         (["--rank", 4, "--dropout", 0, "--init", "nowhere"], 2, "nowhere"),
         (["--max-ram", "1MiB"], 4, "max-ram"),
     ],
@@ -235,5 +235,5 @@ def test_changed_data_loses_nothing(bench: Bench, tmp_path: Path) -> None:
     data.write_text(data.read_text(encoding="utf-8").replace("dog", "cat"), encoding="utf-8")
     refused = bench.align(tmp_path / "out", data=data)
     assert refused.code == 1
-    assert "--overwrite" in refused.error
+    assert "--overwrite" in refused.err
     assert contents(tmp_path / "out.targets") == before

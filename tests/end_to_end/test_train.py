@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -109,6 +110,16 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(bench, tmp_path):
             assert code in (0, -signal.SIGKILL), text
     assert kills
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_ended_between_the_last_step_and_the_export(bench, tmp_path):
+    # 12 examples in batches of 4: 7 steps end within an epoch, where the Trainer would go on.
+    words = ("--max-steps", 7, "--save-steps", 1, "--eval-data", bench.data)
+    assert bench.train(tmp_path / "whole", *words).code == 0
+    with mock.patch("pkt.methods.tuning.write_tuned", side_effect=KeyboardInterrupt):
+        assert bench.train(tmp_path / "out", *words).code != 0
+    assert bench.train(tmp_path / "out", *words).code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_sigterm_keeps_the_step_and_says_how_to_continue(bench, tmp_path):

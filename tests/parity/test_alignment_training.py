@@ -6,7 +6,7 @@ relative in float32, however a step is divided, with layers recomputed or not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from pkt.api import prepare_training
 from pkt.methods.tuning.model import load_student
 from pkt.records import LayerPair, LowRank, SampleSet
-from pkt.training import ALIGNMENTS, Schedule, fit, inject
+from pkt.training import ALIGNMENTS, Schedule, fit, inject, trained_factors
 from supervised import Remembered
 from test_extract import build_pair, write_seeds
 
@@ -346,3 +346,116 @@ def test_against_whole_models(
     halves = halves_of(pair, [k for _, k in pairs])
     wanted = by_hand(pair, objective, interface, targets, halves, "cosine", 1.0)
     same(by_pkt(pair, tmp_path, objective, interface, targets, halves), wanted)
+
+
+@pytest.mark.parametrize(
+    ("objective", "output", "beta"),
+    [("v1", "ce", 1.0), ("v1", "kl", 0.5), ("hidden-mse", "kl", 1.0), ("hidden-mse", "ce", 1.0),
+     ("v2", "cosine", 3.0), ("v2", "cosine", 0.0)],
+)  # fmt: skip
+def test_what_stands_beside_the_layer_loss(
+    pair: Pair, objective: str, output: str, beta: float, tmp_path: Path
+) -> None:
+    pairs, interface = ((2, 2), (4, 3)), INTERFACES[objective][-1]
+    targets = supervision(pair, objective, interface, pairs)
+    halves = halves_of(pair, [2, 3])
+    wanted = by_hand(pair, objective, interface, targets, halves, output, beta)
+    same(by_pkt(pair, tmp_path, objective, interface, targets, halves, output, beta), wanted)
+
+
+@pytest.mark.parametrize("objective", ["v1", "v2", "acl", "hidden-mse"])
+def test_how_a_step_is_divided_changes_nothing(pair: Pair, objective: str, tmp_path: Path) -> None:
+    pairs, interface = ((2, 2), (4, 3)), INTERFACES[objective][0]
+    targets = supervision(pair, objective, interface, pairs)
+    halves = halves_of(pair, [2, 3])
+    made = [
+        by_pkt(
+            pair, tmp_path / f"{micro}{again}", objective, interface, targets, halves,
+            micro=micro, checkpointing=again,
+        )
+        for micro, again in ((6, False), (1, False), (3, True), (2, True))
+    ]  # fmt: skip
+    for other in made[1:]:
+        same(other, made[0])
+
+
+def test_tokens_without_a_state_count_in_the_output_alone(pair: Pair, tmp_path: Path) -> None:
+    """As between two tokenizers: some answer tokens, in one example none, have a target."""
+    whole = supervision(pair, "v1", "hidden", ((2, 2),))
+    kept = [torch.arange(0, count, 2) for count in whole.answers]
+    kept[1] = torch.arange(0)
+    some = replace(
+        whole, kept=kept, held={2: [s[k] for s, k in zip(whole.held[2], kept, strict=True)]}
+    )
+    halves = halves_of(pair, [2])
+    parts, gradients = by_pkt(pair, tmp_path, "v1", "hidden", some, halves, "ce", micro=1)
+    distances = []
+    model = AutoModelForCausalLM.from_pretrained(pair.student, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for name, half in halves.items():
+            model.get_submodule(name).weight += half.b.double() @ half.a.double()
+    for number, sample in enumerate(pair.samples.samples):
+        h = run(model, sample.tokens)[1]["hidden", 2][predicting(sample)][kept[number]]
+        distances.append(1 - F.cosine_similarity(h, some.held[2][number].double(), dim=-1))
+    assert parts["layer"] == pytest.approx(torch.cat(distances).mean().item(), rel=1e-5)
+    wanted = by_hand(pair, "v1", "hidden", whole, halves, "ce", 1.0)[0]
+    assert parts["output"] == pytest.approx(wanted["output"], rel=1e-5)
+    assert gradients
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_in_its_layers(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """S = T: `dual` is the identity, so v1 on hidden states begins at 0; `cosine` does not.
+
+    Behind a LayerNorm, which takes the mean away, it is so of states less their mean.
+    """
+    twin = replace(pair, teacher=pair.ours)
+    halves = {
+        name: LowRank(torch.zeros_like(half.b), half.a)
+        for name, half in halves_of(pair, [1, 3]).items()
+    }
+    losses = []
+    for name in ("hidden-mse", "v1"):  # whose targets are mapped by `dual` and by `cosine`
+        targets = supervision(twin, name, "hidden", ((1, 1), (3, 3)))
+        folder = tmp_path / name
+        losses.append(by_pkt(twin, folder, "v1", "hidden", targets, halves)[0]["layer"])
+    centred = pair.ours.config.model_type == "gpt_neox"
+    assert abs(losses[0]) < (0.05 if centred else 1e-6)
+    assert losses[1] > max(1e-3, 2 * losses[0])
+
+
+@pytest.mark.parametrize("objective", ["v2", "acl"])
+def test_only_the_frontier_moves(pair: Pair, objective: str, tmp_path: Path) -> None:
+    interface = INTERFACES[objective][0]
+    targets = supervision(pair, objective, interface, ((1, 1), (2, 2), (4, 3)))
+    model = inject(
+        load_student(pair.student, torch.float32, torch.device("cpu")),
+        halves_of(pair, [1, 2, 3]), None,
+    )  # fmt: skip
+    seen = [trained_factors(model)]
+    schedule = Schedule(batch_size=3, micro_batch=3, max_steps=7, lr=1e-2)
+    metrics = fit(
+        model, pair.samples.samples, schedule, tmp_path,
+        objective=ALIGNMENTS[objective](targets, interface, 3, pair.vocabulary),
+        notify=lambda step, steps, found: seen.append(trained_factors(model)),
+    )  # fmt: skip
+    assert [row["layer"] for row in metrics] == [1, 1, 2, 2, 3, 3, 3]
+    for before, after, row in zip(seen, seen[1:], metrics, strict=False):
+        for name, half in after.items():
+            moved = not torch.equal(half.b, before[name].b)
+            assert moved == (f".{int(row['layer']) - 1}." in name), (name, row)
+
+
+def test_every_paired_layer_moves_at_once_in_v1(pair: Pair, tmp_path: Path) -> None:
+    targets = supervision(pair, "v1", "mlp", ((2, 2), (4, 3)))
+    halves = halves_of(pair, [2, 3])
+    model = inject(load_student(pair.student, torch.float32, torch.device("cpu")), halves, None)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    schedule = Schedule(batch_size=6, micro_batch=6, max_steps=1, warmup=0.0, lr=1e-2)
+    objective = ALIGNMENTS["v1"](targets, "mlp", 3, pair.vocabulary)
+    metrics = fit(model, pair.samples.samples, schedule, tmp_path, objective=objective)
+    assert 0 <= metrics[0]["layer_loss"] <= 2
+    assert 0 <= metrics[0]["output_loss"] <= 2
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name

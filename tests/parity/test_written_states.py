@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import pkt
 import tiny
@@ -334,3 +334,27 @@ def test_attribution_of_a_teacher_with_its_own_tokenizer(apart: Path, tmp_path: 
     carried = load_file(tmp_path / "out" / "maps" / "dual.safetensors")["map"]
     assert carried.shape == (32, 48)
     assert made.manifest["heads"]["rows"] == len(prepared(apart).shared.pairs)
+
+
+def test_a_family_that_scales_what_it_adds_is_refused_by_sub_layer(tmp_path: Path) -> None:
+    """Granite multiplies both outputs before it adds them: no module makes what is added."""
+    config = AutoConfig.for_model(
+        "granite", vocab_size=128, hidden_size=48, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, intermediate_size=80, residual_multiplier=0.4, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tiny.randomize(model, 0)
+    model.save_pretrained(tmp_path / "teacher")
+    tiny.build("llama", tmp_path / "student", "student", vocab=128, seed=1)
+    for name in ("teacher", "student"):
+        tiny.write_tokenizer(tmp_path / name, 128)
+    write_seeds(tmp_path / "data.jsonl")
+    for options in ({"interface": "mlp"}, {"interface": "attn", "critical": 1}):
+        with pytest.raises(
+            pkt.errors.IncompatibleError, match=r"layer . add to the hidden"
+        ) as error:
+            write(tmp_path, tmp_path / "out", map="truncate", **options)
+        assert "--interface block or hidden" in str(error.value.hint)
+        assert not (tmp_path / "out").exists()
+    write(tmp_path, tmp_path / "out", map="truncate", interface="block")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pkt.records import TopLogits
 from pkt.targets import top_logits
 from pkt.training import Distillation, Said, Totals
-from pkt.training.loop import _Collate, _Trainer
+from pkt.training.batches import Collate
+from pkt.training.loop import _Trainer
 
 
 def reference(
@@ -144,7 +145,7 @@ def test_prompt_and_padding_do_not_count() -> None:
     ]
     teacher = [drawn(number, 2, 8, 2.0)[0] for number in range(2)]
     target = Distillation(lambda number: top_logits(teacher[number], 3, 8), 8)
-    batch = _Collate(target)(list(enumerate(samples)))
+    batch = Collate(target)(list(enumerate(samples)))
     trainer = _Trainer.__new__(_Trainer)
     trainer.learn(target)
     trainer._columns, trainer._totals = batch.pop("columns"), Totals(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tiny
 from pkt.config import MIB
 from pkt.disk import choose_io
 from pkt.models import Model, open_model
-from pkt.plan import make_forward_plan
+from pkt.plan import Attributed, Mapped, make_forward_plan, make_targets_plan
 from pkt.records import Plan, Room
 
 
@@ -78,3 +79,54 @@ def test_the_folder_of_the_records_is_named(teacher: Model) -> None:
     shared = planned(teacher, room=Room(str(Path("out")), 10**9, None, 10**9, shared=True))
     (only,) = shared.disks
     assert only.bytes == shared.spool_bytes + 10**6
+
+
+# States
+
+
+def with_states(teacher: Model, budget: int = 1 << 40, **options: Any) -> Plan:
+    settings: dict[str, Any] = {"dtype": "F32", "tokens": 5000, "rows": 200, "shapes": 9}
+    settings |= {"answers": 2000, "results": 10**6, "held": 10**5}
+    return make_targets_plan(teacher, budget=(budget, "--max-ram"), **{**settings, **options})
+
+
+def test_logits_alone_are_planned_as_before(teacher: Model) -> None:
+    plain, made = planned(teacher), with_states(teacher)
+    assert made.device_bytes > 0
+    assert replace(made, device_parts=()) == plain
+
+
+def test_map_rows_and_attribution_are_counted(teacher: Model) -> None:
+    base = with_states(teacher)
+    mapped = Mapped(teacher, rows=2000, kept=2, readings=0, chunk_elements=1 << 22)
+    states = with_states(teacher, mapped=mapped)
+    assert states.peak_bytes - base.peak_bytes == 4 * 768 * 768
+    assert states.spool_bytes - base.spool_bytes == 2 * 2000 * 768 * 4
+    assert states.passes == 1
+    made = with_states(teacher, mapped=replace(mapped, readings=2))
+    assert made.read_bytes > states.read_bytes
+    known = with_states(teacher, attributed=Attributed(50_000, 2000))
+    assert known.passes == 3
+    assert known.read_bytes > 2.5 * base.read_bytes
+    assert known.spool_bytes > 4 * 50_000 * 768 * 4  # three layers' inputs, outputs, gradients
+    assert known.peak_bytes > base.peak_bytes
+    assert known.smallest_bytes <= known.peak_bytes
+    small = with_states(teacher, known.smallest_bytes, attributed=Attributed(50_000, 2000))
+    assert (small.slots, small.fits) == (1, True)
+
+
+def test_fewer_boundaries_of_attribution_are_kept_where_the_disk_is_small(teacher: Model) -> None:
+    wanted = Attributed(50_000, 200)
+    every = with_states(teacher, attributed=wanted)
+    room = Room("out", 1 << 40, None, every.spool_bytes - 1, shared=True)
+    less = with_states(teacher, attributed=wanted, room=room)
+    assert every.spool_every == 1 < less.spool_every
+    assert less.spool_bytes < every.spool_bytes
+
+
+def test_without_logits_the_head_is_not_read(teacher: Model) -> None:
+    head = teacher.head
+    assert head
+    assert with_states(teacher).read_bytes - with_states(teacher, logits=False).read_bytes == (
+        head.bytes
+    )

@@ -25,6 +25,7 @@ from pkt.api.extracting import (
     reading,
     require_fit,
 )
+from pkt.api.online import require_both_fit
 from pkt.api.pair_quality import (
     align_quality,
     execute_quality,
@@ -65,6 +66,7 @@ __all__ = [
     "prepare_targets",
     "prepare_training",
     "reading",
+    "require_both_fit",
     "require_device_fit",
     "require_fit",
     "require_quality_fit",

@@ -37,7 +37,7 @@ from pkt.batches import most_rows, shapes
 from pkt.config import load_aliases
 from pkt.errors import IncompatibleError, UsageError
 from pkt.models import Model, load_tokenizer, open_model, vocabulary, vocabulary_sha256
-from pkt.plan import Attributed, make_targets_plan
+from pkt.plan import Attributed, make_resident_plan, make_targets_plan
 from pkt.records import IoMode, Reading, Recording, SampleSet, Template
 from pkt.workplace import room
 
@@ -75,6 +75,7 @@ def prepare_targets(
     max_ram: str | None = None,
     spool_dir: str | Path | None = None,
     output_dir: str | Path = "OUT",
+    online: bool = False,
     aliases: Mapping[str, str] | None = None,
 ) -> Task:
     """Open everything that a pass over the training data needs, and plan it; no weight is read.
@@ -113,6 +114,8 @@ def prepare_targets(
         max_ram: budget such as "8GiB"; ``None`` asks the host.
         spool_dir: where hidden states lie meanwhile; ``None``: in the output folder.
         output_dir: of `execute_targets`: the plan asks its disk for room.
+        online: nothing is to be written: the teacher stays in memory beside the student, and is
+            planned so.
         aliases: table of aliases; ``None`` for the built-in one.
 
     Raises:
@@ -176,20 +179,32 @@ def prepare_targets(
     first = texts.samples[:attribution_examples]
     lengths = [len(sample.tokens) for sample in first]
     sizes = [len(sample.tokens) for sample in texts.samples]
+    attributing = wanted is not None and wanted.attributing is not None
+    passing = lengths if online else sizes  # a teacher in memory is streamed for attribution alone
     plan = make_targets_plan(
-        big, dtype=config.dtype, tokens=texts.tokens, rows=most_rows(sizes), shapes=shapes(sizes),
-        answers=samples.loss_tokens if same else 0, results=results, held=held, logits=same,
-        mapped=mapped_plan(big, small, wanted, aligned.rows if aligned else samples.loss_tokens)
+        big, dtype=config.dtype, tokens=sum(passing), rows=most_rows(passing),
+        shapes=shapes(passing), answers=samples.loss_tokens if same and not online else 0,
+        results=0 if online else results, held=0 if online else held, logits=same,
+        mapped=mapped_plan(
+            big, small, wanted, 0 if online else aligned.rows if aligned else samples.loss_tokens
+        )
         if wanted else None,
-        attributed=Attributed(sum(lengths), max(lengths))
-        if wanted and wanted.attributing else None,
+        attributed=Attributed(sum(lengths), max(lengths)) if attributing else None,
         fitted=fitted_plan(wanted, samples, aligned),
         budget=budget(max_ram), room=room(Path(output_dir), Path(spool_dir) if spool_dir else None),
     )  # fmt: skip
+    if online:
+        plan = make_resident_plan(
+            plan, big, small, dtypes=(config.dtype, compute_dtype(small, dtype)), lengths=sizes,
+            kept=_kept(samples, results), logits=same, attributed=attributing,
+            map_bytes=_map_bytes(wanted, big, small),
+        )  # fmt: skip
     if wanted is None:
-        return Task(big, samples, digest, plan, config, options)
+        return Task(big, samples, digest, plan, config, options, resident=online)
     kinds = attention_kinds(big.folder, big.layers), attention_kinds(small.folder, small.layers)
-    return Task(big, samples, digest, plan, config, options, wanted, small, shared, aligned, kinds)
+    return Task(
+        big, samples, digest, plan, config, options, wanted, small, shared, aligned, kinds, online
+    )
 
 
 def execute_targets(
@@ -326,6 +341,22 @@ def _sizes(
         places = min(KERNEL_PLACES, samples.loss_tokens)
         files += teacher.layers * [4 * places * places + 128]
     return sum(files), max(files)
+
+
+def _map_bytes(states: States | None, teacher: Model, student: Model) -> int:
+    """Of all maps that a teacher in memory has beside it."""
+    if states is None:
+        return 0
+    count = layers_of(states, student) if states.fitted_on else 1
+    return 4 * teacher.hidden_size * student.hidden_size * count
+
+
+def _kept(samples: SampleSet, results: int) -> int:
+    """Bytes of targets that are in memory at once where none are written."""
+    from pkt.methods.targeting.online import KEPT_BYTES
+
+    longest = max(sample.loss_tokens for sample in samples.samples)
+    return max(min(results, KEPT_BYTES), -(-results * longest // samples.loss_tokens))
 
 
 def _states(folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """`pkt.align`: SEMALIGN whole: the teacher's activations written once, the student trained on them.
 
 Two runs, each continued where it was: targets in a folder of their own, which other objectives and
-other rates use again, and a training run whose result is that of `pkt.train`.
+other rates use again, and a training run whose result is that of `pkt.train`. Or one run, beside a
+teacher that stays in memory.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from pkt.api.aligning import execute_targets, prepare_targets
 from pkt.api.distilling import no_logits
+from pkt.api.online import Paired, require_alone, thought_online
 from pkt.api.supervising import MODULES, choose_objective
-from pkt.api.training import execute_training, prepare_training
+from pkt.api.training import execute_training, prepare_training, require_paired
 from pkt.errors import UsageError
-from pkt.records import IoMode, Template, Tuning
+from pkt.records import IoMode, Reading, Template, Tuning
 
 if TYPE_CHECKING:
     from pkt.methods import targeting, tuning
@@ -38,13 +40,13 @@ class Aligning:
     """An alignment that is planned: both runs' inputs are open, and their options agree."""
 
     targets: targeting.Task
-    folder: Path  #: of the targets
+    folder: Path  #: of the targets, where any are written
     student: str
     data: Path
     training: Mapping[str, Any]  #: options of `prepare_training`
 
     def trained(self) -> tuning.Task:
-        """The training run, once the targets are written."""
+        """The training run; of targets that are written, once they are."""
         return prepare_training(self.student, self.data, **self.training)
 
 
@@ -62,6 +64,7 @@ def prepare_align(
     *,
     objective: str = "v1",
     teacher_targets: str | Path | None = None,
+    online: bool = False,
     output_loss: str | None = None,
     kl_weight: float | None = None,
     modules: Any = None,
@@ -72,6 +75,8 @@ def prepare_align(
     dtype: str = "auto",
     max_ram: str | None = None,
     spool_dir: str | Path | None = None,
+    io: IoMode | Reading = "auto",
+    paired: Paired = lambda rows: None,
     aliases: Mapping[str, str] | None = None,
     **training: Any,
 ) -> Aligning:
@@ -84,6 +89,8 @@ def prepare_align(
         output_dir: of the student's adapter: says where targets lie by default.
         objective: v1, v2, acl or hidden-mse (`pkt.training.alignment`).
         teacher_targets: folder of the targets; ``None``: OUT.targets beside the result.
+        online: no targets: the teacher stays in memory while the student trains, for the same
+            numbers.
         output_loss: of v1 and hidden-mse: cosine, ce or kl.
         kl_weight: β of a KL beside a layer loss; ``None``: 1.
         modules: roles or module names that are adapted in the paired layers; ``None``: up, down, v
@@ -96,6 +103,8 @@ def prepare_align(
         dtype: of the teacher's arithmetic and of the student's weights: auto, float32, bfloat16.
         max_ram: budget such as "8GiB"; ``None`` asks the host.
         spool_dir: where the teacher's hidden states lie meanwhile.
+        io: how a teacher is read that stays in memory.
+        paired: with ``online``, as of `execute_targets`.
         aliases: table of aliases; ``None`` for the built-in one.
         **training: further options of `prepare_training`, the schedule's among them.
 
@@ -104,19 +113,22 @@ def prepare_align(
         PktError: and its subclasses, for each input that cannot be used.
 
     """
+    if online:
+        require_alone(teacher_targets, int(training.get("processes", 1)))
     folder = Path(teacher_targets) if teacher_targets else beside(output_dir)
     choice = choose_objective(objective, output_loss, kl_weight, folder)
+    require_paired(training.get("init", "lora"), None, training.get("embeddings", False))
     wanted = _states(objective, choice.kind, dict(states or {}))
     read: dict[str, Any] = {
         "template": template, "max_tokens": max_tokens, "max_examples": max_examples,
         "dtype": dtype, "max_ram": max_ram, "aliases": aliases,
     }  # fmt: skip
     task = prepare_targets(
-        teacher, student, data, states=True, spool_dir=spool_dir, output_dir=folder, **wanted,
-        **read,
+        teacher, student, data, states=True, spool_dir=spool_dir,
+        output_dir=output_dir if online else folder, online=online, **wanted, **read,
     )  # fmt: skip
     if choice.wants_logits and not task.config.top_k:
-        raise no_logits(folder, f"--objective {objective}")
+        raise no_logits(None if online else folder, f"--objective {objective}")
     read["template"] = task.samples.template
     # Whatever is wrong with the training shall be said before the teacher is read.
     alone = prepare_training(student, data, targets=modules or MODULES, **training, **read)
@@ -125,13 +137,14 @@ def prepare_align(
 
         assert task.states
         assert task.student
-        paired = [pair.student for pair in task.states.pairs or ()]
-        layers = paired or range(1, task.student.layers + 1)
+        known = [pair.student for pair in task.states.pairs or ()]
+        layers = known or range(1, task.student.layers + 1)
         steps = steps_in_all(len(alone.samples.samples), alone.config.schedule)
         require_stages(layers, steps, alone.processes)
     learnt = {
         "objective": objective, "output_loss": output_loss, "kl_weight": kl_weight,
-        "targets": modules, "teacher_targets": folder,
+        "targets": modules, "teacher_targets": None if online else folder,
+        "supervised": thought_online(task, choice, io, paired) if online else None,
     }  # fmt: skip
     return Aligning(task, folder, student, Path(data), {**training, **read, **learnt})
 
@@ -154,6 +167,7 @@ def align(
     """Train ``student`` on the ``teacher``'s activations, and export the adapter to ``output_dir``.
 
     The teacher is streamed and need not fit in memory; while the student trains it is not there.
+    With ``online`` it stays there, and ``metrics`` is told of its phases too.
 
     Args:
         teacher: folder, hub id or alias.
@@ -173,10 +187,11 @@ def align(
         PktError: and its subclasses; `BudgetError` before anything is read.
 
     """
-    made = prepare_align(teacher, student, data, output_dir, **options)
-    execute_targets(
-        made.targets, made.folder, io=io, device=device, overwrite=overwrite, notify=notify
-    )
+    made = prepare_align(teacher, student, data, output_dir, io=io, **options)
+    if not made.targets.resident:
+        execute_targets(
+            made.targets, made.folder, io=io, device=device, overwrite=overwrite, notify=notify
+        )
     return execute_training(
         made.trained(), Path(output_dir), device=device, overwrite=overwrite,
         save_steps=save_steps, notify=metrics, stop=stop,

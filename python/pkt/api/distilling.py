@@ -35,7 +35,8 @@ def require_pair(distill: str | None, folder: str | Path | None, weight: float) 
     if distill and not folder:
         raise UsageError(
             f"--distill {distill}: from which teacher?",
-            "add --teacher-targets DIR, which pkt align --targets-only writes",
+            "add --teacher-targets DIR, which pkt align --targets-only writes, or --online "
+            "--teacher MODEL",
         )
     if folder and not distill:
         raise UsageError("--teacher-targets: not used without --distill", "add --distill topk-kl")
@@ -92,6 +93,7 @@ class Opened:
     targets: Any  #: `pkt.targets.Targets`
     rows: int  #: tokens of the vocabulary, without rows that only pad it
     origin: dict[str, Any]  #: what the manifest of a run says of them
+    student: Mapping[str, Any] | None  #: hashes of the one that states are mapped to
 
 
 def open_targets(
@@ -125,13 +127,14 @@ def open_targets(
     if targets.answers != [sample.loss_tokens for sample in samples.samples]:
         raise CheckpointError(f"{folder}: these targets are damaged: other examples than its data")
     origin = {"top_k": targets.top_k, "teacher": teacher, "sha256": targets.sha256}
-    return Opened(targets, rows, origin)
+    return Opened(targets, rows, origin, manifest.get("student"))
 
 
-def no_logits(folder: Path, option: str) -> IncompatibleError:
+def no_logits(folder: Path | None, option: str) -> IncompatibleError:
     """The error for targets between two vocabularies, where logits are wanted."""
+    lacking = f"{folder} holds no logits" if folder else "there are no logits to learn from"
     return IncompatibleError(
-        f"{option}: {folder} holds no logits: teacher and student have different tokenizers",
+        f"{option}: {lacking}: teacher and student have different tokenizers",
         "take an objective without the KL, or a teacher of the student's tokenizer",
     )
 

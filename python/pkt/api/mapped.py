@@ -13,11 +13,11 @@ from pkt.batches import most_rows
 from pkt.errors import DataError, IncompatibleError, UsageError
 from pkt.models import Model
 from pkt.pairing import (
+    all_sources,
     floor_pairs,
     given_pairs,
     interpolated_pairs,
     most_kept,
-    sources,
     span_starts,
 )
 from pkt.records import Sample, SampleSet, SharedTokens
@@ -186,13 +186,7 @@ def mapped_plan(teacher: Model, student: Model, states: States, rows: int) -> Ma
     from pkt.targets import KERNEL_PLACES
 
     if states.pairs is not None:
-        starts: Any = [None] * len(states.pairs)
-        if states.interface == "span":
-            starts = span_starts(states.pairs, teacher.layers, student.layers)
-        terms = [
-            sources(pair, states.interface, start)
-            for pair, start in zip(states.pairs, starts, strict=True)
-        ]
+        terms = all_sources(states.pairs, states.interface, teacher.layers, student.layers)
         kept = most_kept(terms, sub_layers=states.interface in ("mlp", "attn"))
     else:  # the most that any pairs need
         kept = 4 if states.interpolate else 2

@@ -154,14 +154,14 @@ def open_supervisor(
             f"{' or '.join(choice.kind.interfaces)}, found '{interface}'",
             f"write targets with --interface {choice.kind.interfaces[0]}",
         )
-    _require_pairs(where, targets, student)
+    _require_student(where, opened.student, student)
     objective = ALIGNMENTS[choice.objective](
         targets, str(interface), student.layers, opened.rows,
         choice.output_loss or "cosine", choice.kl_weight,
     )  # fmt: skip
     if objective.needs_logits and not targets.top_k:
         raise no_logits(folder, f"--objective {choice.objective}")
-    _require_rows(where, choice, targets)
+    require_rows(where, choice, targets)
     origin = {
         **opened.origin,
         "interface": interface,
@@ -171,25 +171,21 @@ def open_supervisor(
     return Supervisor(objective, objective.layers, origin, targets.kernels())
 
 
-def _require_pairs(where: str, targets: Any, student: Model) -> None:
-    remedy = "write targets with this --student"
-    for pair in targets.pairs:
-        if not 1 <= pair.student <= student.layers:
-            raise IncompatibleError(
-                f"{where}: pair {pair.teacher}:{pair.student}: expected a student layer from 1 to "
-                f"{student.layers} of {student.name}",
-                remedy,
-            )
-    width = targets.states(0, targets.pairs[0].student).shape[-1]
-    if width != student.hidden_size:
+def _require_student(where: str, written: Mapping[str, Any] | None, student: Model) -> None:
+    """States are mapped by the student's own head: no other student can use them."""
+    expected = student.hashes()
+    if written != expected:
+        found = written or {}
+        differing = ", ".join(key for key in expected if found.get(key) != expected[key])
         raise IncompatibleError(
-            f"{where}: its activations are mapped to a width of {width}, expected "
-            f"{student.hidden_size} of {student.name}",
-            remedy,
+            f"{where}: its activations are mapped to another student than {student.name}: "
+            f"{differing} differ",
+            "write targets with this --student",
         )
 
 
-def _require_rows(where: str, choice: Choice, targets: Any) -> None:
+def require_rows(where: str, choice: Choice, targets: Any) -> None:
+    """Raise `DataError` unless an example has as many activations as the objective compares."""
     least = 2 if choice.objective == "v2" else 1
     if max(len(targets.aligned(example)) for example in range(len(targets.answers))) < least:
         why = "compares answer tokens of an example with one another" if least > 1 else "needs one"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkt.api.distilling import open_teacher, require_pair
 from pkt.api.extracting import base_name, budget, check_device, compute_dtype, require_choice
+from pkt.api.online import open_said, require_both_fit, require_online, said_online
 from pkt.api.supervising import EPOCHS, MODULES, choose_objective, open_supervisor
 from pkt.config import format_bytes, load_aliases
 from pkt.errors import BudgetError, CheckpointError, IncompatibleError, UsageError
@@ -17,7 +18,7 @@ from pkt.models import Model, load_tokenizer, open_model
 from pkt.records import SampleSet, Template, Tuning
 
 if TYPE_CHECKING:
-    from pkt.methods.tuning import Task
+    from pkt.methods.tuning import Online, Task
 
 Notify = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -45,11 +46,15 @@ def prepare_training(
     distill: str | None = None,
     teacher_targets: str | Path | None = None,
     distill_weight: float = 1.0,
+    online: bool = False,
+    teacher: str | None = None,
+    top_k: int | None = None,
     objective: str | None = None,
     output_loss: str | None = None,
     kl_weight: float | None = None,
     max_ram: str | None = None,
     processes: int = 1,
+    supervised: Online | None = None,
     aliases: Mapping[str, str] | None = None,
     **schedule: Any,
 ) -> Task:
@@ -75,6 +80,10 @@ def prepare_training(
         teacher_targets: folder of these logits, which `write_targets` wrote for this data; for
             ``objective``: with activations.
         distill_weight: of the divergence, at most 1; the rest is the labels' cross-entropy.
+        online: with ``distill``, in place of ``teacher_targets``: ``teacher`` stays in memory while
+            the student trains, for the same numbers; ``kl`` is then of the whole vocabulary.
+        teacher: folder, hub id or alias, with ``online``.
+        top_k: logits that ``topk-kl`` compares, with ``online``; ``None``: 64.
         objective: ``v1``, ``v2``, ``acl`` or ``hidden-mse``: learn from a teacher's activations
             (`pkt.training.alignment`). LoRA is then on the paired layers alone, by default on
             their up, down, v and o, for 5 epochs.
@@ -82,6 +91,7 @@ def prepare_training(
         kl_weight: β, of the KL of v2 and of ``output_loss="kl"``; ``None``: 1.
         max_ram: budget such as "8GiB"; ``None`` asks the host.
         processes: that train together.
+        supervised: in place of ``teacher_targets``: a teacher in memory, of ``pkt.align``.
         aliases: table of aliases; ``None`` for the built-in one.
         **schedule: fields of `pkt.training.Schedule`.
 
@@ -90,17 +100,19 @@ def prepare_training(
 
     """
     require_choice("template", template, Template)
+    require_online(online, teacher, teacher_targets, distill, top_k, processes)
     choice = None
     if objective is not None:
         if distill is not None:
             raise UsageError("--objective: not beside --distill", "take one of them")
-        choice = choose_objective(objective, output_loss, kl_weight, teacher_targets)
+        source = "memory" if supervised else teacher_targets
+        choice = choose_objective(objective, output_loss, kl_weight, source)
         require_pair(None, None, distill_weight)
-        _require_paired(init, layers, embeddings)
+        require_paired(init, layers, embeddings)
         targets = targets or MODULES
         schedule = {"epochs": EPOCHS, **schedule}
     else:
-        require_pair(distill, teacher_targets, distill_weight)
+        require_pair(distill, teacher_targets or (teacher if online else None), distill_weight)
         if output_loss is not None or kl_weight is not None:
             given = "--output-loss" if output_loss is not None else "--kl-weight"
             raise UsageError(f"{given}: not used without --objective")
@@ -150,15 +162,21 @@ def prepare_training(
     _require_room(model, computed, budget(max_ram))
     timed = _schedule(Schedule, schedule)
     kept = {"template": read.template, "max_tokens": max_tokens, "max_examples": max_examples}
-    teacher: Any = None
+    taught: Any = None
     if choice and teacher_targets:
-        teacher = open_supervisor(Path(teacher_targets), choice, model, read, kept)
-        adapted = teacher.layers
+        taught = open_supervisor(Path(teacher_targets), choice, model, read, kept)
+        adapted = taught.layers
         require_stages(
-            teacher.objective.stages, steps_in_all(len(read.samples), timed), processes
+            taught.objective.stages, steps_in_all(len(read.samples), timed), processes
         )  # fmt: skip
     elif distill and teacher_targets:
-        teacher = open_teacher(Path(teacher_targets), distill, distill_weight, model, read, kept)
+        taught = open_teacher(Path(teacher_targets), distill, distill_weight, model, read, kept)
+    elif distill and teacher:
+        asked = {**kept, "dtype": dtype, "max_ram": max_ram, "aliases": aliases}
+        said = open_said(teacher, student, data, distill, top_k, asked)
+        assert said.samples.sha256 == read.sha256
+        supervised = said_online(said, distill, distill_weight)
+    origin_of = supervised.origin if supervised else taught.origin if taught else None
     config = Config(
         init=init if init in CONTROLS else "extracted", form=form, rank=rank or 16,
         targets=tuple(targets) if targets else None, embeddings=embeddings, layers=adapted,
@@ -167,8 +185,8 @@ def prepare_training(
     )  # fmt: skip
     return Task(
         model, tokenizer, read, held_out, found, norms, origin, config, kept, base_name(model),
-        processes, teacher.origin if teacher else None, teacher.objective if teacher else None,
-        getattr(teacher, "kernels", None),
+        processes, origin_of, taught.objective if taught else None, supervised,
+        kernels=getattr(taught, "kernels", None),
     )  # fmt: skip
 
 
@@ -200,6 +218,8 @@ def execute_training(
         record = json.loads((folder / "pkt_run.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return Tuning(folder, manifest, record, [json.loads(line) for line in lines])
+    if task.online:
+        require_both_fit(task.online.plan, place)
     return tuning.run(
         task, folder, device=place, overwrite=overwrite, save_steps=save_steps, notify=notify,
         stop=stop,
@@ -251,7 +271,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _require_paired(init: str, layers: Any, embeddings: bool) -> None:
+def require_paired(init: str, layers: Any, embeddings: bool) -> None:
     """Refuse options that would train more than the paired layers."""
     if init not in CONTROLS:
         raise UsageError(
@@ -355,4 +375,4 @@ def _require_room(student: Model, dtype: str, allowed: tuple[int, str]) -> None:
         )
 
 
-__all__ = ["execute_training", "pick_device", "prepare_training", "train"]
+__all__ = ["execute_training", "pick_device", "prepare_training", "require_paired", "train"]

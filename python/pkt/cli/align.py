@@ -18,7 +18,13 @@ from pkt.cli.environment import aliases, processes, stay_offline
 from pkt.cli.options import Session
 from pkt.cli.pairing import pairing_table, ranking_table, states_rows
 from pkt.cli.progress import Progress
-from pkt.cli.tables import aligned, forward_plan_table, plan_json, recording_summary
+from pkt.cli.tables import (
+    aligned,
+    forward_plan_table,
+    plan_json,
+    recording_summary,
+    resident_plan_table,
+)
 from pkt.cli.train import SCHEDULE, as_json, fitting, perform, schedule
 from pkt.errors import InterruptError, UsageError
 from pkt.records import IoMode, Reading, Recording
@@ -34,7 +40,7 @@ _STATES = (
     "top_k", "pairs", "critical", "interpolate", "pair_by", "interface", "map", "states_dtype",
     "attribution", "attribution_examples", "fold_norm", "seed", "allow_low_coverage",
 )  # fmt: skip
-_LEARNT = ("objective", "output_loss", "kl_weight", "teacher_targets")
+_LEARNT = ("objective", "output_loss", "kl_weight", "teacher_targets", "online")
 _TRAINED = ("eval_data", "init", "rank", "dropout", *SCHEDULE)
 
 
@@ -121,6 +127,10 @@ _states = options.together(
     "--targets-only", is_flag=True,
     help="Write targets to OUT, for pkt train --teacher-targets; nothing is trained.",
 )  # fmt: skip
+@click.option(
+    "--online", is_flag=True,
+    help="The teacher stays in memory while the student trains: no targets, the same numbers.",
+)  # fmt: skip
 @click.option("--eval-data", type=_FILE, metavar="FILE.jsonl", help="Held-out examples.")
 @click.option(
     "--top-k", type=click.IntRange(min=0), default=api.TOP_K, show_default=True,
@@ -164,6 +174,8 @@ def align(session: Session, /, **given: Any) -> None:
     OUT.targets, for this and any further run. Then LoRA on the paired layers learns from it; OUT
     becomes a plain PEFT adapter. The same command continues an interrupted run.
 
+    With --online it is one run: the teacher stays in memory, and nothing of it is written.
+
     With --targets-only OUT gets the teacher's side alone, for pkt train --distill topk-kl
     --teacher-targets OUT: its largest logits, and with --states its activations. Where the
     tokenizers differ, activations are all there is, at places where both end together. Layers
@@ -205,17 +217,26 @@ def _write_targets(session: Session, given: Mapping[str, Any]) -> None:
 
 def _train(session: Session, given: Mapping[str, Any]) -> None:
     process, count = processes()
+    say = not given["quiet"] and process == 0
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        if say:
+            click.echo(f"\n{pairing_table(rows)}\n", err=True)
+
     names = (*_READ, *_LEARNT, *_TRAINED)
     made = api.prepare_align(
         given["teacher"], given["student"], given["data"], given["output_dir"] or "OUT",
         states={name: given[name] for name in _STATES}, modules=given["targets"],
-        aliases=aliases(), processes=count,
+        aliases=aliases(), processes=count, io=given["io"], paired=tell,
         **{name: given[name] for name in names if given[name] is not None},
     )  # fmt: skip
     if given["dry_run"]:
         _dry_run(made.targets, given)
         return
-    if count == 1:
+    if made.targets.resident:
+        if say and (pairs := _known_pairs(made.targets)):
+            tell(pairs)
+    elif count == 1:
         _perform(session, made.targets, made.folder, given)
     elif not api.finished_targets(made.targets, made.folder):
         raise UsageError(
@@ -223,8 +244,7 @@ def _train(session: Session, given: Mapping[str, Any]) -> None:
             f"{made.folder}",
             "start it in one process until they are written, then again like this",
         )
-    say = not given["quiet"] and process == 0
-    if say:
+    if say and not made.targets.resident:
         click.echo("", err=True)
     tuned = perform(session, made.trained(), given, say)
     if process == 0:
@@ -255,7 +275,10 @@ def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
         click.echo(json.dumps(found, indent=1))
     else:
         click.echo(_plan(task, reading))
-    api.require_fit(task.plan)
+    if task.resident:
+        api.require_both_fit(task.plan, api.pick_device(given["device"]))
+    else:
+        api.require_fit(task.plan)
 
 
 def _perform(session: Session, task: Task, folder: Path, given: Mapping[str, Any]) -> Recording:
@@ -305,6 +328,8 @@ def _plan(task: Task, reading: Reading | None = None) -> str:
     data, config = task.samples, task.config
     left_out = f"; {len(data.masked)} left out" if data.masked else ""
     kept = f"{config.top_k} of {config.rows} logits of each, float32, {len(task.shards)} files"
+    if task.resident:
+        kept = "made when they are learnt from; the teacher stays in memory"
     if not config.top_k:
         kept = "no logits: the tokenizers differ"
     rows = [
@@ -321,7 +346,8 @@ def _plan(task: Task, reading: Reading | None = None) -> str:
     text = aligned(rows)
     if pairs:
         text += f"\n\n{pairing_table(pairs)}\n"
-    return f"{text}\n{forward_plan_table(task.plan, reading)}"
+    table = resident_plan_table if task.resident else forward_plan_table
+    return f"{text}\n{table(task.plan, reading)}"
 
 
 def _known_pairs(task: Task) -> list[dict[str, Any]] | None:

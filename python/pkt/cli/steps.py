@@ -31,6 +31,10 @@ class Steps:
 
     def __call__(self, phase: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Step ``done`` of ``total`` has ended, or was evaluated."""
+        if phase != "train":  # of a teacher that is read before
+            if self._shown and (done == total or done % max(1, total // 4) == 0):
+                self._line(f"{phase} {done}/{total}")
+            return
         if not self.done:
             self._since, self._first = time.perf_counter(), done
         self.done = max(self.done, done)

@@ -93,6 +93,15 @@ def forward_plan_table(plan: Plan, reading: Reading | None = None) -> str:
     return _plan_text(plan, rows, reading)
 
 
+def resident_plan_table(plan: Plan, reading: Reading | None = None) -> str:
+    """The plan of a teacher that stays in memory beside the student."""
+    times = "once" if plan.passes == 1 else "twice for attribution and once to stay"
+    rows = [("to read", f"{format_bytes(plan.read_bytes)}: the teacher, {times}")]
+    if plan.spool_bytes:
+        rows += _disk_rows(plan)
+    return _plan_text(plan, rows, reading)
+
+
 def _plan_text(plan: Plan, rows: list[tuple[str, str]], reading: Reading | None) -> str:
     """Memory part by part and what it is held against, then ``rows`` and how files are read."""
     budget = f"{format_bytes(plan.budget_bytes)}, {plan.budget_source}"

@@ -12,11 +12,13 @@ import click
 
 from pkt import api
 from pkt.api.distilling import LOSSES
+from pkt.card import loss_unit
 from pkt.cli import options
 from pkt.cli.environment import aliases, processes
 from pkt.cli.options import Session
+from pkt.cli.pairing import ranking_table
 from pkt.cli.steps import Steps
-from pkt.cli.tables import aligned, format_count
+from pkt.cli.tables import aligned, format_count, resident_plan_table
 from pkt.config import format_bytes
 from pkt.errors import InterruptError, UsageError
 from pkt.output import TUNED, finished
@@ -24,7 +26,7 @@ from pkt.records import Tuning
 from pkt.workplace import WORK
 
 if TYPE_CHECKING:
-    from pkt.methods.tuning import Task
+    from pkt.methods.tuning import Config, Task
 
 SCHEDULE = (
     "lr", "lr_ratio", "epochs", "max_steps", "batch_size", "micro_batch", "warmup",
@@ -33,7 +35,7 @@ SCHEDULE = (
 _INPUTS = (
     "init", "norms_from", "eval_data", "start", "rank", "targets", "embeddings", "dropout",
     "template", "max_tokens", "max_examples", "dtype", "max_ram", "distill", "teacher_targets",
-    "distill_weight", "layers",
+    "distill_weight", "layers", "online", "teacher", "top_k",
 )  # fmt: skip
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path)
@@ -115,6 +117,16 @@ fitting = options.together(
     "--teacher-targets", type=_FILE, metavar="DIR",
     help="These logits, as pkt align --targets-only wrote them for this data.",
 )  # fmt: skip
+@click.option(
+    "--online", is_flag=True,
+    help="With --distill: the teacher stays in memory; no targets, the same numbers.",
+)  # fmt: skip
+@click.option(
+    "--teacher", metavar="MODEL", help="With --online: large model: folder, hub id or alias."
+)
+@click.option(
+    "--top-k", type=_POSITIVE, metavar="K", help="With --online: logits of topk-kl.  [default: 64]"
+)
 @click.option(
     "--distill-weight", type=float, default=1.0, show_default=True, metavar="W",
     help="Loss: W times the divergence, 1 - W times the labels' cross-entropy.",
@@ -206,6 +218,8 @@ def perform(session: Session, task: Task, given: Mapping[str, Any], say: bool) -
         steps.close()
     if say:
         tell("\n" + _summary(made))
+        if "attribution" in made.manifest:
+            tell(f"\n{ranking_table(made.manifest)}")
     return made
 
 
@@ -215,10 +229,11 @@ def _plan(task: Task) -> str:
     schedule, origin = task.config.schedule, task.config.init
     left_out = f"; {len(task.samples.masked)} left out" if task.samples.masked else ""
     start = origin if origin == "lora" else f"{origin}, {task.config.form.name}"
+    adapted = f", layers {', '.join(map(str, task.config.layers))}" if task.config.layers else ""
     if task.config.form.name == "scaled":
         start += f" {task.config.form.scale:g}"
     rows = [
-        ("start", f"{start}, rank {task.config.rank}"),
+        ("start", f"{start}, rank {task.config.rank}{adapted}"),
         (
             "examples",
             f"{len(task.samples.samples)} of {task.samples.tokens} tokens, "
@@ -230,8 +245,8 @@ def _plan(task: Task) -> str:
             f"examples, {schedule.lr:g} at the peak, linear decay",
         ),
     ]
-    if task.config.alignment:
-        rows.append(("learns", _objective(task)))
+    if task.config.alignment and task.teacher:
+        rows += _aligned_rows(task.config, task.teacher)
     elif task.teacher:
         labels = 1 - task.config.distill_weight
         beside = f", beside {labels:g} of the labels' cross-entropy" if labels else ""
@@ -241,18 +256,28 @@ def _plan(task: Task) -> str:
     if task.held_out:
         held = task.held_out
         rows.append(("held out", f"{len(held.samples)} examples, {held.loss_tokens} in the loss"))
-    return "plan\n" + aligned(rows, indent=2)
+    text = "plan\n" + aligned(rows, indent=2)
+    if task.online:
+        text += f"\n\nwith the teacher in memory, {resident_plan_table(task.online.plan)}"
+    return text
 
 
-def _objective(task: Task) -> str:
-    """What of the teacher's activations is learnt, and where."""
-    assert task.teacher
-    assert task.config.alignment
-    chosen, said = task.config.alignment, task.teacher
-    beside = [str(chosen[name]) for name in ("output_loss", "kl_weight") if name in chosen]
-    pairs = ", ".join(f"{teacher} to {student}" for teacher, student, _ in said["pairs"])
-    also = f", output loss {' × '.join(beside)}" if beside else ""
-    return f"{chosen['objective']} at {said['interface']}, map {said['map']}{also}; layers {pairs}"
+def _aligned_rows(config: Config, teacher: Mapping[str, Any]) -> list[tuple[str, str]]:
+    chosen: Mapping[str, Any] = config.alignment or {}
+    pairs = ", ".join(
+        f"{ours} of {theirs + mix:g}" for theirs, ours, mix in teacher.get("pairs", ())
+    )
+    family, layers = (teacher["teacher"].get(name) for name in ("family", "layers"))
+    beside = f", beside it the output's {chosen['output_loss']}" if "output_loss" in chosen else ""
+    if chosen.get("kl_weight", 1) != 1:
+        beside += f", KL times {chosen['kl_weight']:g}"
+    return [
+        (
+            "learns",
+            f"{chosen['objective']} from {teacher['interface']} through {teacher['map']}{beside}",
+        ),
+        ("layers", f"{pairs or 'by attribution'}: of the {layers} of a {family}"),
+    ]
 
 
 def _summary(made: Tuning) -> str:
@@ -260,7 +285,7 @@ def _summary(made: Tuning) -> str:
     rows = [
         ("step 0", f"max |Δlogit| {found['step_zero']['difference']:.2g}: it is the student"),
         ("trained", f"{format_count(run['trainable_parameters'])} parameters"),
-        ("loss", f"{found['loss']:.4f} nats a token in step {found['steps']}"),
+        ("loss", f"{found['loss']:.4f} {loss_unit(found['options'])} in step {found['steps']}"),
     ]
     if losses := found["eval_loss"]:
         rows.append(("held out", f"{losses['student']:.4f} → {losses['tuned']:.4f} nats a token"))

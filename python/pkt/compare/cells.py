@@ -102,7 +102,7 @@ class Cells:
             options |= {k: v for k, v in arm.train.items() if k != "targets" or not arm.extracts}
             if arm.extracts:
                 options["init"] = str(self._extracted(arm, drawn))
-                for name in ("targets", "embeddings", "rank"):
+                for name in ("targets", "embeddings", "layers", "rank"):
                     options.pop(name, None)
             elif setting.norms_from and options["init"] in ("pissa", "gaussian"):
                 options["norms_from"] = setting.norms_from

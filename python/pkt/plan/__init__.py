@@ -2,6 +2,7 @@
 
 from pkt.plan.extraction import make_plan
 from pkt.plan.forward import make_align_plan, make_forward_plan
+from pkt.plan.resident import make_resident_plan
 from pkt.plan.states import Attributed, Fitted, Mapped, make_targets_plan
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "make_align_plan",
     "make_forward_plan",
     "make_plan",
+    "make_resident_plan",
     "make_targets_plan",
 ]

@@ -40,7 +40,7 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        pictures = {"loss.png": as_png(_losses(metrics))}
+        pictures = {"loss.png": as_png(_losses(metrics, manifest["options"].get("objective")))}
         if "similarity" in manifest:
             pictures |= {name: as_png(made) for name, made in _similarities(manifest).items()}
     page = _page(manifest, metrics, pictures)
@@ -54,7 +54,8 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
     return folder / "index.html"
 
 
-def _losses(metrics: Metrics) -> Figure:
+def _losses(metrics: Metrics, objective: str | None) -> Figure:
+    """An objective of activations has a unit of its own: the held-out loss then has an axis too."""
     figure = Figure(figsize=(WIDTH, 5.4))
     upper = figure.add_axes((0.065, 0.36, 0.925, 0.50))
     lower = figure.add_axes((0.065, 0.09, 0.925, 0.17), sharex=upper)
@@ -64,14 +65,18 @@ def _losses(metrics: Metrics) -> Figure:
     _label(upper, steps, _smoothed(losses), "training, smoothed", ACCENT)
     at, held_out = _column(metrics, "eval_loss")
     if at.size:
-        upper.plot(at, held_out, color=WINDOW, lw=1.2, marker="o", ms=4)
-        upper.axhline(held_out[0], color=QUIET, lw=0.8, ls=(0, (4, 3)))
-        upper.annotate(
+        held = upper.twinx() if objective else upper
+        if objective:
+            held.set_ylabel("held-out loss, nats a token")
+        held.plot(at, held_out, color=WINDOW, lw=1.2, marker="o", ms=4)
+        held.axhline(held_out[0], color=QUIET, lw=0.8, ls=(0, (4, 3)))
+        held.annotate(
             "the student, held out", (steps[-1], held_out[0]), (0, 3),
             textcoords="offset points", ha="right", color=QUIET, fontsize=7.5,
         )  # fmt: skip
-        _label(upper, at, held_out, "held out", WINDOW)
-    upper.set_ylabel("loss, nats a token")
+        _label(held, at, held_out, "held out", WINDOW)
+    _mark_stages(upper, metrics)
+    upper.set_ylabel(f"loss of {objective}" if objective else "loss, nats a token")
     upper.grid(axis="y", color=PALE, lw=0.5)
     upper.tick_params(labelbottom=False)
     rate_steps, rates = _column(metrics, "learning_rate")
@@ -86,7 +91,7 @@ def _similarities(manifest: Mapping[str, Any]) -> dict[str, Figure]:
     """Teacher layer × student layer before and after, in the same colours, and what changed."""
     found = manifest["similarity"]
     before, after = (np.asarray(found[name], dtype=np.float64) for name in ("before", "after"))
-    pairs = [{"teacher": pair[0], "student": pair[1]} for pair in manifest["targets"]["pairs"]]
+    pairs = _paired(manifest)
     low, high = (float(f([f(before), f(after)])) for f in (np.min, np.max))
     both, most = Normalize(min(0.0, low), max(high, 1e-6)), max(np.abs(after - before).max(), 1e-4)
     note = f"linear CKA of hidden states at {found['positions']} answer tokens; orange: the pairing"
@@ -102,6 +107,19 @@ def _similarities(manifest: Mapping[str, Any]) -> dict[str, Figure]:
             norm=Normalize(-most, most), colours="RdBu_r",
         ),
     }  # fmt: skip
+
+
+def _mark_stages(axes: Any, metrics: Metrics) -> None:
+    """Where the next layer's turn begins, and which it is."""
+    steps, layers = _column(metrics, "layer")
+    for number, layer in enumerate(layers):
+        if number and layer == layers[number - 1]:
+            continue
+        axes.axvline(steps[number] - 0.5, color=QUIET, lw=0.6)
+        axes.annotate(
+            f"layer {layer:g}", (steps[number] - 0.5, 1), (3, -9), textcoords="offset points",
+            xycoords=("data", "axes fraction"), color=QUIET, fontsize=7.5,
+        )  # fmt: skip
 
 
 def _label(axes: Any, x: Any, y: Any, text: str, colour: str) -> None:
@@ -150,7 +168,17 @@ def _pairs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     found = manifest["similarity"]
     return [
-        {"teacher": teacher, "student": student}
-        | {name: found[name][teacher - 1][student - 1] for name in ("before", "after")}
-        for teacher, student, _ in manifest["targets"]["pairs"]
+        dict(pair)
+        | {
+            name: found[name][pair["teacher"] - 1][pair["student"] - 1]
+            for name in ("before", "after")
+        }
+        for pair in _paired(manifest)
     ]
+
+
+def _paired(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pairs, as a run with a teacher in memory tells them, or of its targets."""
+    if "pairs" in manifest:
+        return list(manifest["pairs"])
+    return [{"teacher": pair[0], "student": pair[1]} for pair in manifest["targets"]["pairs"]]

@@ -309,9 +309,9 @@ class Sweep:
                 blocks = [self.spool.read(boundary(index), number) for number in numbers]
                 rows = pad_sequence(blocks, batch_first=True).to(self.device)
                 args, kwargs = self.calls.of(rows.shape[1], index)
-                result = self._apply(index, weights, rows, args, kwargs)
                 if index == 0 and len(blocks[0]) < rows.shape[1]:
-                    self._require_causal(weights, blocks[0].to(self.device), result[0])
+                    self._require_causal(weights, rows, len(blocks[0]))
+                result = self._apply(index, weights, rows, args, kwargs)
                 for row, number in enumerate(numbers):
                     seed = self.seeds[number]
                     block = result[row, : len(seed.tokens)]
@@ -320,12 +320,13 @@ class Sweep:
                     self.tap.take(number, row)
                     out.write(number, block)
 
-    def _require_causal(self, weights: Weights, hidden: torch.Tensor, padded: torch.Tensor) -> None:
+    def _require_causal(self, weights: Weights, rows: torch.Tensor, length: int) -> None:
         """Refuse a family in which what is behind a text changes its states."""
-        args, kwargs = self.calls.of(len(hidden), 0)
-        alone = self._apply(0, weights, hidden[None], args, kwargs)[0].float()
-        far = float((padded[: len(hidden)].float() - alone).abs().max())
-        if far > 0.05 * (1 + float(alone.abs().max())):
+        whole, alone = (
+            self._apply(0, weights, part, *self.calls.of(part.shape[1], 0))[0, :length].float()
+            for part in (rows[:1], rows[:1, :length])
+        )
+        if float((whole - alone).abs().max()) > 0.05 * (1 + float(alone.abs().max())):
             raise self.skeleton.tape.refusal("looks ahead of a position")
 
     def _head(self, depth: int) -> None:

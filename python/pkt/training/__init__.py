@@ -12,7 +12,14 @@ from pkt.training.activations import Activations, Readout, View, watching
 from pkt.training.alignment import ALIGNMENTS, Alignment
 from pkt.training.injection import frozen_factors, inject, trained_factors
 from pkt.training.loop import Schedule, fit, steps_in_all
-from pkt.training.objective import Distillation, Objective, Said, Totals, divergence
+from pkt.training.objective import (
+    Distillation,
+    Objective,
+    Said,
+    Totals,
+    WholeDistillation,
+    divergence,
+)
 from pkt.training.stages import Stages, require_stages
 from pkt.training.stepzero import StepZero, compare_logits, first_logits
 
@@ -29,6 +36,7 @@ __all__ = [
     "StepZero",
     "Totals",
     "View",
+    "WholeDistillation",
     "compare_logits",
     "divergence",
     "first_logits",

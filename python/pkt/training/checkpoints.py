@@ -33,12 +33,17 @@ def mark_complete(folder: Path) -> None:
 
 def newest_complete(folder: Path) -> Path | None:
     """The newest whole checkpoint below ``folder``; newer fragments are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     for path in found:
         if _is_complete(path):
             return path
         shutil.rmtree(path)
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were done when it was written."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def _is_complete(folder: Path) -> bool:

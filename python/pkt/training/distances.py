@@ -21,7 +21,8 @@ def cosine_distances(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         theirs: targets, (n, D).
 
     """
-    return 1 - functional.cosine_similarity(ours, theirs, dim=-1)
+    one, other = (functional.normalize(rows, dim=-1, eps=_TINY) for rows in (ours, theirs))
+    return 1 - (one * other).sum(-1)
 
 
 def geometry_distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

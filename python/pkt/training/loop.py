@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
@@ -24,7 +24,8 @@ from pkt.errors import DivergenceError, OutputError, PktError, UsageError
 from pkt.processes import any_process, sum_over_processes, wait_for_all
 from pkt.records import Sample
 from pkt.training.activations import Activations, Readout, watching
-from pkt.training.checkpoints import mark_complete, newest_complete
+from pkt.training.batches import COLUMNS, EXAMPLES, IGNORED, Collate, Examples
+from pkt.training.checkpoints import mark_complete, newest_complete, step_of
 from pkt.training.injection import ADAPTER
 from pkt.training.objective import Columns, Objective, Said, Totals
 from pkt.training.stages import Stages, require_stages, train_only
@@ -33,12 +34,7 @@ Metrics = Mapping[str, float]
 Notify = Callable[[int, int, Metrics], None]
 HeldOut = Callable[[Any], float]
 
-Example = tuple[int, Sample]
-
-COLUMNS = "columns"  # of a batch: what the objective needs beside its tokens, and
-EXAMPLES = "examples"  # which training examples it is made of
 PARTS = ("layer_loss", "output_loss")
-IGNORED = -100  # the label of a token that does not count, torch's and transformers' convention
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
 
@@ -111,8 +107,8 @@ def fit(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Examples(samples),
-        data_collator=_Collate(objective),
+        train_dataset=Examples(samples),
+        data_collator=Collate(objective),
         callbacks=[watch],
     )
     trainer.held_out, trainer.lr_ratio = held_out, schedule.lr_ratio
@@ -123,7 +119,10 @@ def fit(
         trainer.learn(objective.ready(model, samples), stages)
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_complete(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and step_of(checkpoint) >= steps_in_all(len(samples), schedule):
+        trainer.restore(checkpoint)  # of a run that ended here: the Trainer would add a step
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # mixed precision ends here
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
@@ -270,6 +269,11 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
+    def restore(self, checkpoint: Path) -> None:
+        """Take factors and state of the last step from ``checkpoint``."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
@@ -321,45 +325,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._saved = time.monotonic()
-
-
-class _Examples(torch.utils.data.Dataset[Example]):
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Example:
-        return index, self._samples[index]
-
-
-class _Collate:
-    """A batch of examples, with what the objective needs of them."""
-
-    def __init__(self, objective: Objective | None) -> None:
-        self._objective = objective
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        batch: dict[str, Any] = {**_pad([sample for _, sample in examples])}
-        if self._objective:
-            numbers = [number for number, _ in examples]
-            batch[COLUMNS] = {
-                **self._objective.columns(numbers), EXAMPLES: torch.tensor(numbers)
-            }  # fmt: skip
-        return batch
-
-
-def _pad(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """A batch (samples, longest): token ids, what is text, and labels of what counts."""
-    longest = max(len(sample.tokens) for sample in samples)
-    ids = torch.zeros(len(samples), longest, dtype=torch.long)
-    attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, sample in enumerate(samples):
-        tokens, size = torch.tensor(sample.tokens), len(sample.tokens)
-        ids[row, :size], attention[row, :size] = tokens, 1
-        labels[row, :size] = tokens.where(torch.tensor(sample.loss_mask), IGNORED)
-    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

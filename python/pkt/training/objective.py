@@ -23,6 +23,8 @@ from torch.nn import functional
 from pkt.records import Sample, TopLogits
 from pkt.training.activations import View
 
+ELEMENTS = 1 << 20  # of a distribution over the whole vocabulary, compared at once
+
 Columns = Mapping[str, torch.Tensor]
 
 
@@ -97,7 +99,7 @@ class Distillation:
 
     """
 
-    targets: Callable[[int], TopLogits]
+    targets: Callable[[int], Any]
     vocabulary: int
     weight: float = 1.0
     stages: tuple[int, ...] = ()
@@ -121,14 +123,41 @@ class Distillation:
 
     def loss(self, said: Said) -> dict[str, torch.Tensor]:
         """Mean over the answer tokens of the step; computed in float32."""
-        logits, columns = said.logits.float(), said.columns
-        total = self.weight * divergence(
-            logits[:, : self.vocabulary], columns["teacher_ids"], columns["teacher_logs"]
-        )
+        logits = said.logits.float()
+        total = self.weight * self._divergence(said, logits[:, : self.vocabulary])
         if self.weight < 1:
             labels = functional.cross_entropy(logits, said.tokens, reduction="sum")
             total = total + (1 - self.weight) * labels
         return {"output": total / said.totals.tokens}
+
+    def _divergence(self, said: Said, logits: torch.Tensor) -> torch.Tensor:
+        columns = said.columns
+        return divergence(logits, columns["teacher_ids"], columns["teacher_logs"])
+
+
+@dataclass(frozen=True)
+class WholeDistillation(Distillation):
+    """The same over the whole vocabulary, from logits (n, V) that are made when they are needed.
+
+    ``targets`` gives these float32 of a training example; no batch carries them along.
+    """
+
+    def columns(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
+        """None."""
+        return {}
+
+    def _divergence(self, said: Said, logits: torch.Tensor) -> torch.Tensor:
+        total, first = logits.new_zeros(()), 0
+        step = max(1, ELEMENTS // self.vocabulary)
+        for example in said.examples:
+            for block in self.targets(example).split(step):
+                whole = block.to(logits.device, torch.float64).log_softmax(-1).float()
+                ours = logits[first : first + len(whole)].log_softmax(-1)
+                terms = whole.exp() * (whole - ours)
+                total = total + torch.where(whole.isneginf(), 0.0, terms).sum()
+                first += len(whole)
+        assert first == len(logits), (first, len(logits))
+        return total
 
 
 def divergence(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -42,10 +42,11 @@ class Stages:
     def rate(self, step: int) -> float:
         """The learning rate of that step over the peak: linear warm-up, linear decay."""
         _, first, end = self._stage(step)
-        warm, done = math.ceil(self.warmup * (end - first)), step - first
+        warm = min(math.ceil(self.warmup * (end - first)), end - first - 1)
+        done = step - first
         if done < warm:
             return (done + 1) / (warm + 1)  # not from 0: a stage may be short
-        return max(0.0, (end - first - done) / max(1, end - first - warm))
+        return max(0.0, (end - first - done) / (end - first - warm))
 
 
 def require_stages(layers: Sequence[int], steps: int, processes: int) -> None:

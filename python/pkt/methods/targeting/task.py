@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from pkt.semantics import MAPS
 from pkt.targets import Shard, layout
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+Carry = Callable[[int], torch.Tensor]
+"""M (D_S, D_T) float32 of a student layer."""
 SUB_LAYERS = ("mlp", "attn")  # interfaces that are what a part of a layer adds
 
 
@@ -107,6 +109,7 @@ class Task:
     shared: SharedTokens | None = None  #: of both vocabularies, where states are mapped
     aligned: Aligned | None = None  #: ``None``: both models read the same tokens
     kinds: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  #: attention of either one's layers
+    resident: bool = False  #: the teacher is to stay in memory, nothing is written
 
     @property
     def texts(self) -> tuple[Sample, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pkt.methods.tuning.export import write_tuned
 from pkt.methods.tuning.likeness import student_kernels
 from pkt.methods.tuning.model import begin, load_student
 from pkt.methods.tuning.record import manifest, run_record, similarity
-from pkt.methods.tuning.task import DTYPES, Config, Task
+from pkt.methods.tuning.task import DTYPES, Config, Online, Task, Taught
 from pkt.output import MANIFEST, as_json, as_jsonl, publish, run_folder
 from pkt.processes import is_first, share, sum_over_processes, wait_for_all
 from pkt.records import Sample, Tuning
@@ -40,7 +40,7 @@ from pkt.report import write_curves
 from pkt.training import StepZero, compare_logits, first_logits, fit, inject
 from pkt.workplace import WORK
 
-__all__ = ["DTYPES", "Config", "Task", "run", "train"]
+__all__ = ["DTYPES", "Config", "Online", "Task", "Taught", "run", "train"]
 
 SMALL_WIDTH = 128  # of the residual stream; narrower products lose more to threads than they gain
 
@@ -96,10 +96,21 @@ def run(
         one_thread(small),
         _shared_folder(folder, identity, overwrite, task.processes) as work,
     ):
+        taught: Taught | None = None
+        if task.online:
+            with costs.phase("teacher"):
+                taught = task.online.teach(work, place, partial(_told, notify, stop))
+            layers = taught.layers or task.config.layers
+            task = replace(
+                task, objective=taught.objective, found=taught.found, kernels=taught.kernels,
+                config=replace(task.config, layers=layers),
+            )  # fmt: skip
         trained = train(
             task, work / "checkpoints", place, save_steps=save_steps, notify=notify, stop=stop,
             costs=costs, compared=True,
         )  # fmt: skip
+        if taught:
+            taught.close()
         if not is_first():
             wait_for_all()
             return Tuning(folder, identity, {}, trained.metrics)
@@ -123,6 +134,13 @@ def run(
         publish(folder, staged, texts)
         wait_for_all()
     return Tuning(folder, found, record, trained.metrics)
+
+
+def _told(notify: Notify, stop: Callable[[], bool], phase: str, done: int, total: int) -> None:
+    """Progress of what comes before the first step, which may be stopped too."""
+    notify(phase, done, total, {})
+    if stop():
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -26,6 +26,7 @@ def manifest(
     losses = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     return {
         **task.identity(),
+        **task.found,
         "steps": int(metrics[-1]["step"]),
         "loss": [row["loss"] for row in metrics if "loss" in row][-1],
         "eval_loss": {"student": losses[0], "tuned": losses[-1]} if losses else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 import pkt
 from pkt.methods.tuning.starts import Form
 from pkt.models import Model
-from pkt.records import LowRank, SampleSet
+from pkt.records import LowRank, Plan, SampleSet
 from pkt.targets import Kernels
 from pkt.training import Objective, Schedule
 
@@ -37,6 +38,27 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
+class Taught:
+    """What a teacher in memory makes of a run."""
+
+    objective: Objective
+    layers: tuple[int, ...] | None  #: that its pairs are of; None: those of the options
+    found: Mapping[str, Any]  #: for the manifest
+    close: Callable[[], None]  #: gives the teacher's memory back
+    kernels: Kernels | None = None  #: of its layers; None: they are not compared
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """A teacher that stays in memory while the student learns."""
+
+    origin: Mapping[str, Any]  #: what makes it this teacher, for the manifest
+    plan: Plan  #: of both
+    teach: Callable[[Path, torch.device, Callable[[str, int, int], None]], Taught]
+    """Reads it; given OUT/.work, where to, and what is told of progress."""
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Everything that a training run needs, opened and found to fit."""
 
@@ -53,12 +75,16 @@ class Task:
     processes: int = 1
     teacher: Mapping[str, Any] | None = None  #: of it and of its targets, if it teaches
     objective: Objective | None = None  #: the loss that these targets make; None: the labels'
+    online: Online | None = None  #: makes the objective, where it is not made of files
+    found: Mapping[str, Any] = field(default_factory=dict)  #: by it, for the manifest
     kernels: Kernels | None = None  #: of the teacher's layers; None: they are not compared
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: the manifest without what it found."""
         config, schedule = self.config, asdict(self.config.schedule)
         chosen: dict[str, Any] = {"layers": list(config.layers)} if config.layers else {}
+        if self.online and config.alignment:
+            chosen = {}  # they follow from what is asked; attribution may have to find them
         if config.distill:
             chosen |= {"distill": config.distill, "distill_weight": config.distill_weight}
         chosen |= config.alignment or {}
