@@ -103,8 +103,9 @@ def _similarities(manifest: Mapping[str, Any]) -> dict[str, Figure]:
             after, pairs, "How alike the layers are, after training", note, norm=both
         ),
         "similarity_change.png": layer_map(
-            after - before, pairs, "What training changed", "after less before; red: more alike",
-            norm=Normalize(-most, most), colours="RdBu_r",
+            after - before, pairs, "What training changed",
+            "after less before; green: more alike; orange: the pairing",
+            norm=Normalize(-most, most), colours="PRGn",
         ),
     }  # fmt: skip
 
