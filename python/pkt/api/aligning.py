@@ -197,7 +197,7 @@ def prepare_targets(
         plan = make_resident_plan(
             plan, big, small, dtypes=(config.dtype, compute_dtype(small, dtype)), lengths=sizes,
             kept=_kept(samples, results), logits=same, attributed=attributing,
-            map_bytes=4 * big.hidden_size * small.hidden_size if wanted else 0,
+            map_bytes=_map_bytes(wanted, big, small),
         )  # fmt: skip
     if wanted is None:
         return Task(big, samples, digest, plan, config, options, resident=online)
@@ -341,6 +341,14 @@ def _sizes(
         places = min(KERNEL_PLACES, samples.loss_tokens)
         files += teacher.layers * [4 * places * places + 128]
     return sum(files), max(files)
+
+
+def _map_bytes(states: States | None, teacher: Model, student: Model) -> int:
+    """Of all maps that a teacher in memory has beside it."""
+    if states is None:
+        return 0
+    count = layers_of(states, student) if states.fitted_on else 1
+    return 4 * teacher.hidden_size * student.hidden_size * count
 
 
 def _kept(samples: SampleSet, results: int) -> int:

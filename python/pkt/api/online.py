@@ -121,7 +121,7 @@ def thought_online(task: Task, choice: Choice, io: IoMode | Reading, paired: Pai
             choice.kl_weight,
         )  # fmt: skip
         require_rows("--online", choice, targets)
-        return Taught(objective, objective.layers, found, targets.close)
+        return Taught(objective, objective.layers, found, targets.close, targets.kernels())
 
     return Online(_origin(task), task.teacher.checkpoint.state(), task.plan, teach)
 

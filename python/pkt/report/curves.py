@@ -40,8 +40,7 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        losses = _losses(metrics, manifest["options"].get("objective"))
-        pictures = {"loss.png": as_png(losses)}
+        pictures = {"loss.png": as_png(_losses(metrics, manifest["options"].get("objective")))}
         if "similarity" in manifest:
             pictures |= {name: as_png(made) for name, made in _similarities(manifest).items()}
     page = _page(manifest, metrics, pictures)
@@ -88,24 +87,11 @@ def _losses(metrics: Metrics, objective: str | None) -> Figure:
     return figure
 
 
-def _mark_stages(axes: Any, metrics: Metrics) -> None:
-    """Where the next layer's turn begins, and which it is."""
-    steps, layers = _column(metrics, "layer")
-    for number, layer in enumerate(layers):
-        if number and layer == layers[number - 1]:
-            continue
-        axes.axvline(steps[number] - 0.5, color=QUIET, lw=0.6)
-        axes.annotate(
-            f"layer {layer:g}", (steps[number] - 0.5, 1), (3, -9), textcoords="offset points",
-            xycoords=("data", "axes fraction"), color=QUIET, fontsize=7.5,
-        )  # fmt: skip
-
-
 def _similarities(manifest: Mapping[str, Any]) -> dict[str, Figure]:
     """Teacher layer × student layer before and after, in the same colours, and what changed."""
     found = manifest["similarity"]
     before, after = (np.asarray(found[name], dtype=np.float64) for name in ("before", "after"))
-    pairs = [{"teacher": pair[0], "student": pair[1]} for pair in manifest["targets"]["pairs"]]
+    pairs = _paired(manifest)
     low, high = (float(f([f(before), f(after)])) for f in (np.min, np.max))
     both, most = Normalize(min(0.0, low), max(high, 1e-6)), max(np.abs(after - before).max(), 1e-4)
     note = f"linear CKA of hidden states at {found['positions']} answer tokens; orange: the pairing"
@@ -117,10 +103,24 @@ def _similarities(manifest: Mapping[str, Any]) -> dict[str, Figure]:
             after, pairs, "How alike the layers are, after training", note, norm=both
         ),
         "similarity_change.png": layer_map(
-            after - before, pairs, "What training changed", "after less before; red: more alike",
-            norm=Normalize(-most, most), colours="RdBu_r",
+            after - before, pairs, "What training changed",
+            "after less before; green: more alike; orange: the pairing",
+            norm=Normalize(-most, most), colours="PRGn",
         ),
     }  # fmt: skip
+
+
+def _mark_stages(axes: Any, metrics: Metrics) -> None:
+    """Where the next layer's turn begins, and which it is."""
+    steps, layers = _column(metrics, "layer")
+    for number, layer in enumerate(layers):
+        if number and layer == layers[number - 1]:
+            continue
+        axes.axvline(steps[number] - 0.5, color=QUIET, lw=0.6)
+        axes.annotate(
+            f"layer {layer:g}", (steps[number] - 0.5, 1), (3, -9), textcoords="offset points",
+            xycoords=("data", "axes fraction"), color=QUIET, fontsize=7.5,
+        )  # fmt: skip
 
 
 def _label(axes: Any, x: Any, y: Any, text: str, colour: str) -> None:
@@ -169,7 +169,17 @@ def _pairs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     found = manifest["similarity"]
     return [
-        {"teacher": teacher, "student": student}
-        | {name: found[name][teacher - 1][student - 1] for name in ("before", "after")}
-        for teacher, student, _ in manifest["targets"]["pairs"]
+        dict(pair)
+        | {
+            name: found[name][pair["teacher"] - 1][pair["student"] - 1]
+            for name in ("before", "after")
+        }
+        for pair in _paired(manifest)
     ]
+
+
+def _paired(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pairs, as a run with a teacher in memory tells them, or of its targets."""
+    if "pairs" in manifest:
+        return list(manifest["pairs"])
+    return [{"teacher": pair[0], "student": pair[1]} for pair in manifest["targets"]["pairs"]]

@@ -21,23 +21,22 @@ from typing import Any
 
 import torch
 
-from pkt.errors import OutputError
 from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
-from pkt.methods.targeting.fitting import Carry, fitted, map_file
+from pkt.methods.targeting.fitting import fitted, map_file
 from pkt.methods.targeting.kernels import LayerKernels
 from pkt.methods.targeting.online import LiveTargets
 from pkt.methods.targeting.shards import LogitShards
-from pkt.methods.targeting.states import LostRowsError, StateShards
-from pkt.methods.targeting.sweeps import Sweeps
-from pkt.methods.targeting.task import Aligned, Attributing, Config, States, Task
+from pkt.methods.targeting.states import StateShards
+from pkt.methods.targeting.sweeps import Sweeps, pass_once
+from pkt.methods.targeting.task import Aligned, Attributing, Carry, Config, States, Task
 from pkt.models import Model
 from pkt.output import MANIFEST, as_json, publish, run_folder
 from pkt.pairing import unlike_attention
 from pkt.records import LayerPair, Reading, Recording
 from pkt.semantics import save_map
 from pkt.stream import CheckpointSource
-from pkt.sweep import Sweep, durable
+from pkt.sweep import durable
 from pkt.targets import FOLDER, INDEX, index_text
 
 __all__ = [
@@ -53,7 +52,6 @@ __all__ = [
 ]
 
 MAPS = "maps"  # folder of M, in OUT
-MOST_REMADE = 3  # times that kept rows are made again
 
 Notify = Callable[[str, int, int], None]
 MakeMap = Callable[[Path], tuple[torch.Tensor, dict[str, Any]]]
@@ -111,16 +109,19 @@ def run(
             states: StateShards | None = None
             spool = about.spool(records, task.texts)
             if task.states:
-                # 1. The layers that the answers hang on, and the pairs; 2. the maps between them.
-                pairs, carry, found = _carried(
-                    task, work, opened, about, make_map, paired, notify, costs, earlier, maps
-                )
+                # 1. The layers that the answers hang on, and the pairs; 2. the map between them.
+                pairs, found = _pairs(task, work, about, earlier)
+                if task.states.pairs is None:
+                    paired(pair_rows(task, pairs))
+                _held_maps(work, maps)
+                carry, heads = _carry(task, work, opened, about, pairs, found, make_map)
+                found |= heads
                 states = StateShards(task, pairs, carry, staged / FOLDER, spool)
             logits = LogitShards(task, staged / FOLDER, spool)
             # 3. Every example through every layer, whose states are mapped as it is passed;
             # 4. from the last hidden states, the logits.
             kernels = LayerKernels(task, staged / FOLDER, spool) if task.states else None
-            _forward(about.sweep(task.texts, spool), logits, states, kernels)
+            pass_once(about.sweep(task.texts, spool), logits, states, kernels)
         finally:
             source.close()
         _write_index(task, staged / FOLDER / INDEX, logits, states, kernels)
@@ -145,8 +146,8 @@ def hold(
 ) -> tuple[LiveTargets, dict[str, Any]]:
     """The targets without writing them: the whole teacher is read into memory and stays there.
 
-    Attribution, where pairs follow from it, streams the teacher before, and so does the fit of a
-    map to activations; their results stay in ``work`` for a run that is continued.
+    Attribution, where pairs follow from it, streams the teacher before; its result and the map stay
+    in ``work`` for a run that is continued.
 
     Args:
         task: opened inputs and options.
@@ -159,26 +160,27 @@ def hold(
         paired: as of `run`.
 
     Returns:
-        the targets, and what a manifest says of pairs and maps.
+        the targets, and what a manifest says of pairs and heads.
 
     Raises:
         PktError: and its subclasses, see `pkt.errors`.
 
     """
-    costs = Costs()
-    opened = partial(Sweeps, task, io=io.mode, device=device, notify=notify, costs=costs)
+    opened = partial(Sweeps, task, io=io.mode, device=device, notify=notify, costs=Costs())
     about = opened(task.teacher)
     try:
         pairs: Sequence[LayerPair] = ()
         carry: Carry | None = None
         found: dict[str, Any] = {}
         if task.states:
-            pairs, carry, found = _carried(
-                task, work, opened, about, make_map, paired, notify, costs, None, {}
-            )
-            found |= {"pairs": pair_rows(task, pairs)}
+            pairs, found = _pairs(task, work, about, None)
+            if task.states.pairs is None:
+                paired(pair_rows(task, pairs))
+            _held_maps(work, {})
+            carry, heads = _carry(task, work, opened, about, pairs, found, make_map)
+            found |= {"pairs": pair_rows(task, pairs), **heads}
         about.release()
-        held = about.resident(task.texts, work / "spool")
+        held = about.resident(work / "spool")
         return LiveTargets(task, held, pairs, carry, logits=logits), found
     finally:
         about.source.close()
@@ -199,79 +201,6 @@ def pair_rows(task: Task, pairs: Sequence[LayerPair]) -> list[dict[str, Any]]:
         }
         for pair in pairs
     ]
-
-
-def _forward(
-    sweep: Sweep, logits: LogitShards, states: StateShards | None, kernels: LayerKernels | None
-) -> None:
-    """One pass, from wherever the spool stands; what is found damaged is made again."""
-    depth, remade = len(sweep.skeleton.layers), 0
-    while True:
-        wanted = states.wanted() if states else set()
-        wanted |= kernels.wanted() if kernels else set()
-        if not logits.finished:
-            wanted.add(depth)
-        if not wanted:
-            return
-        if states:
-            states.tap(sweep)
-        visit = partial(_visit, sweep=sweep, logits=logits, states=states, kernels=kernels)
-        visits = {index: partial(visit, index) for index in wanted}
-        try:
-            sweep.forward(visits)
-        except LostRowsError as lost:
-            remade += 1
-            if remade > MOST_REMADE or not states:
-                raise OutputError(
-                    f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
-                    "the disk is unreliable: continue on another with --spool-dir",
-                ) from lost
-            states.forget(lost.damage.name)
-
-
-def _visit(
-    index: int,
-    sweep: Sweep,
-    logits: LogitShards,
-    states: StateShards | None,
-    kernels: LayerKernels | None,
-) -> None:
-    """What is left to do at one boundary."""
-    if states:
-        states.at(index, sweep)
-    if kernels:
-        kernels.at(index, sweep)
-    if index == len(sweep.skeleton.layers) and not logits.finished:
-        logits.write(sweep)
-
-
-def _carried(
-    task: Task,
-    work: Path,
-    opened: Callable[[Model], Sweeps],
-    about: Sweeps,
-    make_map: MakeMap | None,
-    paired: Callable[[list[dict[str, Any]]], None],
-    notify: Notify,
-    costs: Costs,
-    earlier: Mapping[str, Any] | None,
-    maps: dict[str, bytes],
-) -> tuple[Sequence[LayerPair], Carry, dict[str, Any]]:
-    """The pairs, what carries each layer's states over, and what a manifest says of both."""
-    assert task.states
-    pairs, found = _pairs(task, work, about, earlier)
-    if task.states.pairs is None:
-        paired(pair_rows(task, pairs))
-    channels = found.get("attribution", {}).pop("channels", [])
-    _held_maps(work, maps)
-    if task.states.fitted_on:
-        assert task.student
-        carry, about_maps = fitted(
-            task, work, about, partial(opened, task.student), pairs, channels, notify, costs
-        )
-    else:
-        carry, about_maps = _map(task, work, make_map, costs)
-    return pairs, carry, {**found, **about_maps}
 
 
 def _pairs(
@@ -301,6 +230,24 @@ def _held_maps(work: Path, held: dict[str, bytes]) -> None:
         if not (folder / name).exists():
             (folder / name).write_bytes(data)
     held.clear()
+
+
+def _carry(
+    task: Task,
+    work: Path,
+    opened: Callable[[Model], Sweeps],
+    teacher: Sweeps,
+    pairs: Sequence[LayerPair],
+    found: dict[str, Any],
+    make_map: MakeMap | None,
+) -> tuple[Carry, dict[str, Any]]:
+    """The map of each student layer; of ``found`` the attribution of channels is taken out."""
+    assert task.states
+    assert task.student
+    channels = found.get("attribution", {}).pop("channels", [])
+    if not task.states.fitted_on:
+        return _map(task, work, make_map, teacher.costs)
+    return fitted(task, work, teacher, partial(opened, task.student), pairs, channels)
 
 
 def _map(

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from pkt.errors import OutputError
-from pkt.host import Costs, release_free_memory
+from pkt.host import release_free_memory
 from pkt.methods.targeting.places import Place, Read, first_places, of_student, of_teacher
 from pkt.methods.targeting.sweeps import Notify, Sweeps
-from pkt.methods.targeting.task import SUB_LAYERS, Task
+from pkt.methods.targeting.task import SUB_LAYERS, Carry, Task
 from pkt.output import as_json
 from pkt.pairing import all_sources, sources
 from pkt.records import LayerPair
@@ -33,8 +33,6 @@ STATES = 4096  # positions that a map is fitted on, at most
 MOST_REMADE = 3  # times that kept rows are made again
 
 Terms = Mapping[int, float]
-Carry = Callable[[int], torch.Tensor]
-"""M (D_S, D_T) float32 of a student layer."""
 
 
 def map_file(task: Task, student_layer: int) -> str:
@@ -44,16 +42,8 @@ def map_file(task: Task, student_layer: int) -> str:
     return f"{task.states.map}{one}.safetensors"
 
 
-def teacher_terms(task: Task, pairs: Sequence[LayerPair]) -> list[dict[int, float]]:
-    """What the teacher's state of each pair is the sum of, as `pkt.pairing.sources` has it."""
-    assert task.states
-    assert task.student
-    depths = task.teacher.layers, task.student.layers
-    return all_sources(pairs, task.states.interface, *depths)
-
-
-def student_terms(task: Task, pairs: Sequence[LayerPair]) -> list[dict[int, float]]:
-    """The same of the student's own: of a span it is what the layer does."""
+def _student_terms(task: Task, pairs: Sequence[LayerPair]) -> list[dict[int, float]]:
+    """What the student's own states are the sum of: of a span it is what the layer does."""
     assert task.states
     interface = "block" if task.states.interface == "span" else task.states.interface
     return [sources(LayerPair(pair.student, pair.student), interface) for pair in pairs]
@@ -66,8 +56,6 @@ def fitted(
     student: Callable[[], Sweeps],
     pairs: Sequence[LayerPair],
     channels: Sequence[Sequence[float]],
-    notify: Notify,
-    costs: Costs,
 ) -> tuple[Carry, dict[str, Any]]:
     """Fit the map of each pair, or take what was found before.
 
@@ -78,8 +66,6 @@ def fitted(
         student: opens the student's.
         pairs: of layers.
         channels: of each teacher layer the attribution of its channels, where the map needs it.
-        notify: told of (phase, steps done, steps in all).
-        costs: whose seconds by phase are added to.
 
     Returns:
         the map of a student layer, read when it is asked for; and what a manifest says of the fit:
@@ -91,13 +77,15 @@ def fitted(
     folder, records = work / "maps", work / "fit"
     places = first_places(task, states.fitted_on, STATES)
     read = of_teacher(task, places), of_student(task, places)
-    terms = teacher_terms(task, pairs), student_terms(task, pairs)
+    assert task.student
+    depths = task.teacher.layers, task.student.layers
+    terms = all_sources(pairs, states.interface, *depths), _student_terms(task, pairs)
     inputs = [_inputs(task, places, *each) for each in zip(pairs, *terms, strict=True)]
     paths = [folder / map_file(task, pair.student) for pair in pairs]
     left = [_left(path, given) for path, given in zip(paths, inputs, strict=True)]
     if missing := [number for number, found in enumerate(left) if found is None]:
         records.mkdir(exist_ok=True)
-        named = partial(_named, notify)
+        named, notify = partial(_named, teacher.notify), teacher.notify
         theirs = _Kept(task, teacher, read[0], terms[0], records / "teacher", named("teacher"))
         theirs.collect()
         teacher.release()
@@ -105,7 +93,7 @@ def fitted(
         ours = _Kept(task, opened, read[1], terms[1], records / "student", named("student"))
         try:
             ours.collect()
-            with costs.phase("fit"):
+            with teacher.costs.phase("fit"):
                 for number in missing:
                     both = theirs.states(number), ours.states(number)
                     made, left[number] = _fit(task, both, pairs[number], channels)

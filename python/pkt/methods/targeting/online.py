@@ -15,11 +15,20 @@ from typing import Any
 
 import torch
 
-from pkt.methods.targeting.fitting import Carry, teacher_terms
-from pkt.methods.targeting.task import SUB_LAYERS, Task
+from pkt.methods.targeting.places import first_places, of_teacher
+from pkt.methods.targeting.task import SUB_LAYERS, Carry, Task
+from pkt.pairing import all_sources
 from pkt.records import LayerPair, TopLogits
+from pkt.similarity import LEAST_STATES, kernel
 from pkt.sweep import ResidentSweep
-from pkt.targets import STORED, stored_states, top_logits
+from pkt.targets import (
+    KERNEL_EXAMPLES,
+    KERNEL_PLACES,
+    STORED,
+    Kernels,
+    stored_states,
+    top_logits,
+)
 
 KEPT_BYTES = 128 << 20  # of examples that have passed; never less than one example's
 
@@ -69,13 +78,18 @@ class LiveTargets:
         self.interface = task.states.interface if task.states else None
         self.map = task.states.map if task.states else None
         self._task, self._sweep, self._logits = task, sweep, logits and task.config.top_k > 0
-        found = {pair.student: carry(pair.student) for pair in self.pairs if carry}
-        moved = {id(matrix): matrix.to(sweep.device).T for matrix in found.values()}  # once each
-        self._matrices = {layer: moved[id(matrix)] for layer, matrix in found.items()}
+        self._matrices: dict[int, torch.Tensor] = {}
+        if carry and task.states:
+            shared = None if task.states.fitted_on else carry(0).to(sweep.device).T
+            for pair in self.pairs:
+                own = carry(pair.student).to(sweep.device).T if shared is None else shared
+                self._matrices[pair.student] = own
         self._terms: dict[int, dict[int, float]] = {}
-        if task.states:
+        if task.states and task.student:
+            depths = task.teacher.layers, task.student.layers
+            terms = all_sources(self.pairs, task.states.interface, *depths)
             numbers = [pair.student for pair in self.pairs]
-            self._terms = dict(zip(numbers, teacher_terms(task, self.pairs), strict=True))
+            self._terms = dict(zip(numbers, terms, strict=True))
         self._kept: OrderedDict[int, _Passed] = OrderedDict()
 
     def of(self, example: int) -> TopLogits:
@@ -114,6 +128,20 @@ class LiveTargets:
             return torch.arange(self.answers[example])
         return torch.tensor(self._task.aligned.tokens[example], dtype=torch.long)
 
+    def kernels(self) -> Kernels | None:
+        """Of each teacher layer at the places that files would have them of."""
+        places = first_places(self._task, KERNEL_EXAMPLES, KERNEL_PLACES)
+        read, layers = of_teacher(self._task, places), range(1, self._task.teacher.layers + 1)
+        if len(places) < LEAST_STATES or not self.pairs:
+            return None
+        parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        for number, positions in zip(read.numbers, read.positions, strict=True):
+            found, _ = self._sweep.states(number, positions, layers)
+            for layer, held in parts.items():
+                held.append(found[layer])
+        made = [kernel(torch.cat(held)).float().cpu() for held in parts.values()]
+        return Kernels(torch.stack(made), tuple((place.example, place.token) for place in places))
+
     def close(self) -> None:
         """Give the teacher's memory back; nothing is asked for any more."""
         self._kept.clear()
@@ -139,15 +167,15 @@ class LiveTargets:
                 text, self._task.positions[text], wanted, which, last=self._logits
             )
         for layer, terms in self._terms.items():
-            passed.states[layer] = self._mapped(layer, terms, found)
+            passed.states[layer] = self._mapped(self._matrices[layer], terms, found)
         return passed
 
     def _mapped(
-        self, layer: int, terms: dict[int, float], found: dict[int, torch.Tensor]
+        self, matrix: torch.Tensor, terms: dict[int, float], found: dict[int, torch.Tensor]
     ) -> torch.Tensor:
         """``M a``, in float32, then rounded."""
         assert self._task.states
-        dtype, matrix = self._task.states.dtype, self._matrices[layer]
+        dtype = self._task.states.dtype
         if not found:
             return torch.empty(0, matrix.shape[1], dtype=STORED[dtype])
         state: torch.Tensor | None = None

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from pkt.methods.targeting.fitting import Carry, teacher_terms
 from pkt.methods.targeting.shards import intact
-from pkt.methods.targeting.task import SUB_LAYERS, Task
+from pkt.methods.targeting.task import SUB_LAYERS, Carry, Task
+from pkt.pairing import all_sources
 from pkt.records import LayerPair
 from pkt.sweep import DamagedError, RowsTap, Spool, Sweep, boundary, durable, kept_rows
 from pkt.targets import Shard, StatesIndex, pack_states, stored_states
@@ -75,9 +75,12 @@ class StateShards:
             aligned,
         )  # fmt: skip
         self._taps = states.interface in SUB_LAYERS
+        depths = task.teacher.layers, task.student.layers
         self._targets = [
             _Target(pair.student, terms, self.index.layout(task.answers, pair.student))
-            for pair, terms in zip(pairs, teacher_terms(task, pairs), strict=True)
+            for pair, terms in zip(
+                pairs, all_sources(pairs, states.interface, *depths), strict=True
+            )
         ]
         self._positions = task.positions
         lengths = [len(positions) for positions in self._positions]

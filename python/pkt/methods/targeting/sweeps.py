@@ -1,20 +1,27 @@
-"""Sweeps of one model, over the weights of one source."""
+"""The sweeps of a recording: each over the weights of one source, one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pkt.errors import OutputError
 from pkt.host import Costs, release_free_memory
+from pkt.methods.targeting.kernels import LayerKernels
+from pkt.methods.targeting.shards import LogitShards
+from pkt.methods.targeting.states import LostRowsError, StateShards
 from pkt.methods.targeting.task import DTYPES, Task
 from pkt.models import Model
 from pkt.records import Sample
 from pkt.stream import PAGE, CheckpointSource
 from pkt.sweep import AttributionSweep, ResidentSweep, Spool, Sweep, build_skeleton
 from pkt.workplace import tensor_folder
+
+MOST_REMADE = 3  # times that kept rows are made again
 
 Notify = Callable[[str, int, int], None]
 
@@ -42,7 +49,7 @@ class Sweeps:
         costs: Costs,
     ) -> None:
         dtype = DTYPES[task.config.dtype]
-        self._task, self.model, self._notify, self._costs = task, model, notify, costs
+        self._task, self.model, self.notify, self.costs = task, model, notify, costs
         with costs.phase("skeleton"):
             self._skeleton = build_skeleton(model.folder, dtype, device)
         self.source = CheckpointSource(model.checkpoint, io, task.plan.slots, dtype, device)
@@ -66,11 +73,12 @@ class Sweeps:
         spool = self.spool(records, texts)
         return AttributionSweep(**self._parts(texts, spool), every=self._task.plan.spool_every)
 
-    def resident(self, texts: Sequence[Sample], records: Path) -> ResidentSweep:
-        """The whole model, for one text at a time."""
-        lengths = [len(text.tokens) for text in texts]
-        spool = Spool(records, lengths, self.model.hidden_size, DTYPES[self._task.config.dtype])
-        sweep = ResidentSweep(**self._parts(texts, spool))
+    def resident(self, records: Path) -> ResidentSweep:
+        """The whole teacher, for one text at a time."""
+        lengths = [len(text.tokens) for text in self._task.texts]
+        dtype = DTYPES[self._task.config.dtype]
+        spool = Spool(records, lengths, self.model.hidden_size, dtype)
+        sweep = ResidentSweep(**self._parts(self._task.texts, spool))
         sweep.hold()
         return sweep
 
@@ -93,6 +101,50 @@ class Sweeps:
             "device": self.source.device,
             "whole_layer": True,
             "chunk_rows": max(1, (self.source.slot_bytes - PAGE) // row_bytes),
-            "notify": notify or self._notify,
-            "seconds": self._costs.seconds,
+            "notify": notify or self.notify,
+            "seconds": self.costs.seconds,
         }
+
+
+def pass_once(
+    sweep: Sweep, logits: LogitShards, states: StateShards | None, kernels: LayerKernels | None
+) -> None:
+    """One pass, from wherever the spool stands; what is found damaged is made again."""
+    depth, remade = len(sweep.skeleton.layers), 0
+    while True:
+        wanted = states.wanted() if states else set()
+        wanted |= kernels.wanted() if kernels else set()
+        if not logits.finished:
+            wanted.add(depth)
+        if not wanted:
+            return
+        if states:
+            states.tap(sweep)
+        visit = partial(_visit, sweep=sweep, logits=logits, states=states, kernels=kernels)
+        visits = {index: partial(visit, index) for index in wanted}
+        try:
+            sweep.forward(visits)
+        except LostRowsError as lost:
+            remade += 1
+            if remade > MOST_REMADE or not states:
+                raise OutputError(
+                    f"{lost.damage.message}, though it was made again {MOST_REMADE} times",
+                    "the disk is unreliable: continue on another with --spool-dir",
+                ) from lost
+            states.forget(lost.damage.name)
+
+
+def _visit(
+    index: int,
+    sweep: Sweep,
+    logits: LogitShards,
+    states: StateShards | None,
+    kernels: LayerKernels | None,
+) -> None:
+    """What is left to do at one boundary."""
+    if states:
+        states.at(index, sweep)
+    if kernels:
+        kernels.at(index, sweep)
+    if index == len(sweep.skeleton.layers) and not logits.finished:
+        logits.write(sweep)

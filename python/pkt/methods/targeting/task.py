@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from pkt.semantics import MAPS
 from pkt.targets import Shard, layout
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+Carry = Callable[[int], torch.Tensor]
+"""M (D_S, D_T) float32 of a student layer."""
 SUB_LAYERS = ("mlp", "attn")  # interfaces that are what a part of a layer adds
 
 

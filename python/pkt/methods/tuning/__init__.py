@@ -104,7 +104,7 @@ def run(
                 taught = task.online.teach(work, place, partial(_told, notify, stop))
             layers = taught.layers or task.config.layers
             task = replace(
-                task, objective=taught.objective, found=taught.found,
+                task, objective=taught.objective, found=taught.found, kernels=taught.kernels,
                 config=replace(task.config, layers=layers),
             )  # fmt: skip
         trained = train(

@@ -45,6 +45,7 @@ class Taught:
     layers: tuple[int, ...] | None  #: that its pairs are of; None: those of the options
     found: Mapping[str, Any]  #: for the manifest
     close: Callable[[], None]  #: gives the teacher's memory back
+    kernels: Kernels | None = None  #: of its layers; None: they are not compared
 
 
 @dataclass(frozen=True, slots=True)
