@@ -229,6 +229,7 @@ class Plan:
     spool_bytes: int  #: largest size of the spool: hidden states and gradients, X and dY
     adapter_bytes: int
     passes: int = 2  #: times that the layers are gone through: targets 1, to fit 1, to attribute 2
+    extracts: bool = True  #: false: targets are written
     record_bytes: int = 0  #: what finished layers leave in OUT/.work, wherever the spool lies
     spool_every: int = 1  #: every k-th layer's inputs are kept on the disk
     recomputed_layers: int = 0  #: run forward once more, as their inputs were not kept
@@ -244,10 +245,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak_bytes <= self.budget_bytes
-
-    @property
-    def extracts(self) -> bool:
-        return self.adapter_bytes > 0
 
     @property
     def device_bytes(self) -> int:

@@ -296,7 +296,7 @@ def test_a_broken_head_is_named(pair: Path, tmp_path: Path) -> None:
         ({"critical": 6}, UsageError, "expected 0 to 5 layers"),
         ({"critical": -1}, UsageError, "expected 0 to 5 layers"),
         ({"interface": "head"}, UsageError, "--interface head: expected one of"),
-        ({"map": "ridge"}, UsageError, "--map ridge: expected one of"),
+        ({"map": "rotation"}, UsageError, "--map rotation: expected one of"),
         ({"states_dtype": "float64"}, UsageError, "--states-dtype float64"),
         ({"attribution": "squared"}, UsageError, "--attribution squared"),
         ({"attribution_examples": 0}, UsageError, "expected 1 or more"),

@@ -98,6 +98,7 @@ def make_forward_plan(
         room=room,
         least_spool=(1, spool),
         passes=1,
+        extracts=False,
     )
 
 
