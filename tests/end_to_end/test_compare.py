@@ -139,7 +139,7 @@ def test_arms_that_learn_from_the_teachers_logits(inputs, tmp_path):
 def test_arms_that_learn_from_the_teachers_activations(inputs, tmp_path):
     out = tmp_path / "out"
     arms = "lora,semalign-v1,lora-as-v1,semalign-v2,semalign-acl,hidden-mse,lora-as-v2"
-    made = compare(inputs, out, "--arms", arms)
+    made = compare(inputs, out, "--arms", arms, "--steps", 3, "--repeats", 1)
     assert made.code == 0, made.err
     rows = {row["arm"]: row for row in json.loads((out / "results.json").read_text())["arms"]}
     aware = {name for name, row in rows.items() if row["knows_teacher"]}

@@ -255,7 +255,7 @@ def test_what_the_command_says(bench: Bench, tmp_path: Path) -> None:
     made = pkt(*words)
     assert made.code == 0, made.err
     assert "teacher layer" in made.err
-    assert "layers by attribution" in made.err
+    assert "by attribution: of the" in made.err
     again = pkt(*words)
     assert again.err.count("finished already") == 1
     said = pkt(*bench.words("train", tmp_path / "said", "--distill", "kl"))

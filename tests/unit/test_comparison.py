@@ -135,7 +135,8 @@ def test_arms_come_in_the_tables_order_and_unknown_ones_are_named():
 
 def test_variations_change_what_they_say():
     for kind, variation in VARIATIONS.items():
-        arms = varied(ARMS["seeking"], kind, None)
+        of_alignment = kind in ("map", "interface", "output-loss")
+        arms = varied(ARMS["semalign-v1" if of_alignment else "seeking"], kind, None)
         assert len(arms) == len(variation.values)
         assert len({str(arm.options()) for arm in arms}) == len(arms), kind
     ranks = varied(ARMS["lora"], "rank", ["2", "8"])
@@ -143,6 +144,8 @@ def test_variations_change_what_they_say():
     assert [arm.extract for arm in ranks] == [None, None]
     with pytest.raises(UsageError, match="extracts nothing"):
         varied(ARMS["lora"], "split", None)
+    with pytest.raises(UsageError, match="learns from no activations"):
+        varied(ARMS["kd"], "map", None)
     with pytest.raises(UsageError, match="begins at zero"):
         varied(ARMS["lora"], "scale", None)
     (halved,) = varied(ARMS["gaussian"], "scale", ["0.50"])

@@ -98,7 +98,7 @@ def test_logits_alone_are_planned_as_before(teacher: Model) -> None:
 
 def test_map_rows_and_attribution_are_counted(teacher: Model) -> None:
     base = with_states(teacher)
-    mapped = Mapped(teacher, rows=2000, kept=2, readings=0, chunk_elements=1 << 22)
+    mapped = Mapped(teacher, rows=2000, kept=2, readings=0, chunk_elements=1 << 22, places=200)
     states = with_states(teacher, mapped=mapped)
     assert states.peak_bytes - base.peak_bytes == 4 * 768 * 768
     assert states.spool_bytes - base.spool_bytes == 2 * 2000 * 768 * 4

@@ -203,6 +203,7 @@ class _Kept:
         self._taps = task.states.interface in SUB_LAYERS
         self._sweeps, self._read, self._terms, self._notify = sweeps, read, terms, notify
         self._sources = {source for each in terms for source in each}
+        folder.mkdir(exist_ok=True)
         self._spool = sweeps.spool(folder, read.texts)
         self._rows = Spool(
             folder, read.lengths, self._spool.width, self._spool.dtype, self._spool.tensors
