@@ -98,11 +98,13 @@ def test_logits_alone_are_planned_as_before(teacher: Model) -> None:
 
 def test_map_rows_and_attribution_are_counted(teacher: Model) -> None:
     base = with_states(teacher)
-    mapped = Mapped(teacher, rows=2000, kept=2, readings=0, chunk_elements=1 << 22, places=200)
+    mapped = Mapped(teacher, rows=2000, kept=2, readings=0, chunk_elements=1 << 22, places=0)
     states = with_states(teacher, mapped=mapped)
     assert states.peak_bytes - base.peak_bytes == 4 * 768 * 768
     assert states.spool_bytes - base.spool_bytes == 2 * 2000 * 768 * 4
     assert states.passes == 1
+    compared = with_states(teacher, mapped=replace(mapped, places=200))
+    assert compared.peak_bytes > states.peak_bytes
     made = with_states(teacher, mapped=replace(mapped, readings=2))
     assert made.read_bytes > states.read_bytes
     known = with_states(teacher, attributed=Attributed(50_000, 2000))
