@@ -57,8 +57,9 @@ def write_curves(folder: Path, manifest: Mapping[str, Any], metrics: Metrics) ->
 def _losses(metrics: Metrics, objective: str | None) -> Figure:
     """An objective of activations has a unit of its own: the held-out loss then has an axis too."""
     figure = Figure(figsize=(WIDTH, 5.4))
-    upper = figure.add_axes((0.065, 0.36, 0.925, 0.50))
-    lower = figure.add_axes((0.065, 0.09, 0.925, 0.17), sharex=upper)
+    width = 0.86 if objective else 0.925
+    upper = figure.add_axes((0.065, 0.36, width, 0.50))
+    lower = figure.add_axes((0.065, 0.09, width, 0.17), sharex=upper)
     steps, losses = _column(metrics, "loss")
     upper.plot(steps, losses, color=PALE, lw=1)
     upper.plot(steps, _smoothed(losses), color=ACCENT, lw=1.6)
