@@ -153,7 +153,10 @@ def test_damaged_work_is_made_again(
     assert runs.contents(tmp_path / "out") == whole[case]
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "span" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_killed_at_random_moments_ends_with_the_same_bytes(
     case: str, pair: Path, tmp_path: Path
 ) -> None:

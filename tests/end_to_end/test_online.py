@@ -86,7 +86,7 @@ def same(offline: Any, online: Any, bound: float) -> None:
         ("hidden-mse", {}, {"map": "cosine"}),
     ],
 )
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_numbers_of_written_targets(
     bench: Bench,
     tmp_path: Path,
@@ -225,6 +225,7 @@ def test_the_students_mixed_precision_is_not_the_teachers(bench: Bench, tmp_path
     same(offline, bench.align(tmp_path / "memory", online=True, **chosen), 1e-6)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_continued(bench: Bench, tmp_path: Path) -> None:
     options = {**QUICK, "objective": "v2", "max_steps": 8, "save_steps": 1, "online": True}
     paths = (bench.inputs.teacher, bench.inputs.student, bench.data)

@@ -116,7 +116,10 @@ def test_default_output_losses(bench: Bench) -> None:
     assert chosen("acl") == {}
 
 
-@pytest.mark.parametrize("objective", ["v1", "v2", "acl"])
+@pytest.mark.parametrize(
+    "objective",
+    ["v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v1", "acl"))],
+)
 def test_killed_and_continued_ends_with_the_same_bytes(
     bench: Bench, objective: str, tmp_path: Path
 ) -> None:
