@@ -26,6 +26,7 @@ each token would make the error 2 − 2 cos: v1 under another name.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ class Supervision(Protocol):
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(ABC):
     """What the four have in common.
 
     Args:
@@ -123,9 +124,9 @@ class Alignment:
         output = self._output(said)
         return parts if output is None else {**parts, "output": output}
 
+    @abstractmethod
     def _distance(self, said: Said, view: View) -> torch.Tensor:
         """The layer loss of one layer."""
-        raise NotImplementedError
 
     def _output(self, said: Said) -> torch.Tensor | None:
         logits, tokens = said.logits.float(), said.tokens
