@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import pkt
 import tiny
@@ -191,22 +192,12 @@ def test_spans_and_mixtures(pair: Any, tmp_path: Path) -> None:
                 assert near(held.states(number, student), wanted), (options, student)
 
 
-@pytest.mark.parametrize("interface", ["mlp", "attn", "hidden"])  # of others as of hidden
-@pytest.mark.parametrize("variant", ["signed", "abs"])
-def test_attribution_against_autograd(
-    interface: str, variant: str, pair: Any, tmp_path: Path
-) -> None:
-    """A of each layer, within 1e-5 of Σ|a ⊙ ∂L/∂a|: a signed sum may be near zero."""
-    _, folder, dense = pair
-    options = {
-        "interface": interface, "map": "truncate", "critical": 2, "attribution": variant,
-        "attribution_examples": 4,
-    }  # fmt: skip
-    made = write(folder, tmp_path / "out", **options)
-    task = prepared(folder, **options)
-    kind = interface if interface in ("mlp", "attn") else "block"
+def dense_attribution(
+    dense: Dense, samples: Any, kind: str
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """Of each sample: |Σ a ⊙ ∂L/∂a| and Σ|a ⊙ ∂L/∂a| by layer, and L."""
     sums, masses, losses = [], [], []
-    for sample in task.samples.samples[:4]:
+    for sample in samples:
         seen, logits = dense.run(sample.tokens)
         at = torch.tensor(sample.loss_mask).nonzero()[:, 0]
         loss = functional.cross_entropy(logits[at - 1], torch.tensor(sample.tokens)[at])
@@ -223,6 +214,24 @@ def test_attribution_against_autograd(
             products.append(added.detach().double() * gradient.double())
         masses.append([float(product.abs().sum()) for product in products])
         sums.append([abs(float(product.sum())) for product in products])
+    return sums, masses, losses
+
+
+@pytest.mark.parametrize("interface", ["mlp", "attn", "hidden"])  # of others as of hidden
+@pytest.mark.parametrize("variant", ["signed", "abs"])
+def test_attribution_against_autograd(
+    interface: str, variant: str, pair: Any, tmp_path: Path
+) -> None:
+    """A of each layer, within 1e-5 of Σ|a ⊙ ∂L/∂a|: a signed sum may be near zero."""
+    _, folder, dense = pair
+    options = {
+        "interface": interface, "map": "truncate", "critical": 2, "attribution": variant,
+        "attribution_examples": 4,
+    }  # fmt: skip
+    made = write(folder, tmp_path / "out", **options)
+    task = prepared(folder, **options)
+    kind = interface if interface in ("mlp", "attn") else "block"
+    sums, masses, losses = dense_attribution(dense, task.samples.samples[:4], kind)
     mass = torch.tensor(masses).mean(0)
     wanted = mass if variant == "abs" else torch.tensor(sums).mean(0)
     found = made.manifest["attribution"]
@@ -336,20 +345,48 @@ def test_attribution_of_a_teacher_with_its_own_tokenizer(apart: Path, tmp_path: 
     assert made.manifest["heads"]["rows"] == len(prepared(apart).shared.pairs)
 
 
-def test_a_family_that_scales_what_it_adds_is_refused_by_sub_layer(tmp_path: Path) -> None:
-    """Granite multiplies both outputs before it adds them: no module makes what is added."""
+def written_pair(folder: Path, family: str, **options: Any) -> PreTrainedModel:
+    """A pair of a teacher of this family and a llama, with data; the teacher's model."""
     config = AutoConfig.for_model(
-        "granite", vocab_size=128, hidden_size=48, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=3, intermediate_size=80, residual_multiplier=0.4, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0,
+        family, vocab_size=128, hidden_size=48, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, intermediate_size=80, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **options,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tiny.randomize(model, 0)
-    model.save_pretrained(tmp_path / "teacher")
-    tiny.build("llama", tmp_path / "student", "student", vocab=128, seed=1)
+    model.save_pretrained(folder / "teacher")
+    tiny.build("llama", folder / "student", "student", vocab=128, seed=1)
     for name in ("teacher", "student"):
-        tiny.write_tokenizer(tmp_path / name, 128)
-    write_seeds(tmp_path / "data.jsonl")
+        tiny.write_tokenizer(folder / name, 128)
+    write_seeds(folder / "data.jsonl")
+    return model.eval()
+
+
+@pytest.mark.parametrize("interface", ["mlp", "attn"])
+def test_what_granite_adds_is_its_modules_outputs_times_its_factor(
+    interface: str, tmp_path: Path
+) -> None:
+    written_pair(tmp_path, "granite", residual_multiplier=0.4)
+    dense = Dense("llama", tmp_path / "teacher")  # whose modules have the names of Granite's
+    out = tmp_path / "out"
+    made = write(tmp_path, out, map="truncate", interface=interface, critical=2)
+    samples, held = prepared(tmp_path, map="truncate").samples.samples, Targets(out / FOLDER)
+    for number, sample in enumerate(samples):
+        for pair in held.pairs:
+            wanted = wanted_states(dense, sample, {(interface, pair.teacher): 0.4})[:, :32]
+            assert near(held.states(number, pair.student), wanted)
+    sums, masses, _ = dense_attribution(dense, samples, interface)
+    found, wanted = (torch.tensor(each) for each in (made.manifest["attribution"]["scores"], sums))
+    error = (found - wanted.mean(0)).abs()
+    assert bool((error <= 1e-5 * torch.tensor(masses).mean(0)).all())
+
+
+def test_a_layer_whose_modules_are_not_what_it_adds_is_refused_by_sub_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It claims a factor that it does not apply."""
+    written_pair(tmp_path, "llama")
+    monkeypatch.setattr(LlamaDecoderLayer, "residual_multiplier", 2.0, raising=False)
     for options in ({"interface": "mlp"}, {"interface": "attn", "critical": 1}):
         with pytest.raises(
             pkt.errors.IncompatibleError, match=r"layer . add to the hidden"

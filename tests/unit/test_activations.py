@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from pkt.errors import IncompatibleError, UsageError
 from pkt.records import Sample
-from pkt.sublayers import decoder_layers
+from pkt.sublayers import layer_stack
 from pkt.training import Stages, View, require_stages, watching
 from pkt.training.activations import Readout, require_parts, require_readout
 from pkt.training.distances import cosine_distances, fisher_distances, geometry_distance
@@ -98,8 +98,8 @@ def test_parts_and_readout_of_every_family(family: str, tmp_path: Path) -> None:
     for layer in (1, 2, 3):
         require_parts(model, layer, SAMPLE)
     require_readout(model, 3, SAMPLE)
-    decoder_layers(model)[1].residual_multiplier = 2.0
-    with pytest.raises(IncompatibleError, match="what attention and MLP add"):
+    layer_stack(model)[1][1].residual_multiplier = 2.0
+    with pytest.raises(IncompatibleError, match="what attention and MLP of layer 2 add"):
         require_parts(model, 2, SAMPLE)
 
 

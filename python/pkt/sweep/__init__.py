@@ -7,7 +7,7 @@ from pkt.sweep.resident import ResidentSweep
 from pkt.sweep.skeleton import Skeleton, attention_kinds, build_skeleton
 from pkt.sweep.spool import DamagedError, Spool, disk_errors, durable
 from pkt.sweep.states import StatesSweep
-from pkt.sweep.taps import RowsTap, SubLayer, kept_rows
+from pkt.sweep.taps import RowsTap, kept_rows
 
 __all__ = [
     "AttributionSweep",
@@ -19,7 +19,6 @@ __all__ = [
     "Source",
     "Spool",
     "StatesSweep",
-    "SubLayer",
     "Sweep",
     "answer_logits",
     "attention_kinds",

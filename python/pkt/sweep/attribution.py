@@ -17,7 +17,6 @@ import torch
 
 from pkt.processes import wait_for_all
 from pkt.sweep.passes import Observer, Sweep, Weights, boundary, record_of, upstream_of
-from pkt.sweep.taps import SubLayers
 
 Added = Literal["attn", "mlp", "block"]
 
@@ -63,7 +62,8 @@ class AttributionSweep(Sweep):
     def _backward(self, index: int, weights: Weights, observer: Observer | None) -> None:
         sums = []
         by_channel = torch.zeros(self.spool.width, dtype=torch.float64, device=self.device)
-        with self.spool.writer(upstream_of(index)) as out, SubLayers(self.skeleton, index) as parts:
+        parts = self.skeleton.sublayers(index)
+        with self.spool.writer(upstream_of(index)) as out, parts:
             for number, seed in enumerate(self.seeds):
                 hidden = self.spool.read(boundary(index), number).to(self.device)
                 upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
@@ -74,7 +74,7 @@ class AttributionSweep(Sweep):
                     (gradient,) = torch.autograd.grad(result, leaf, upstream[None])
                     added, of_added = (result - leaf[None]).detach(), upstream[None]
                 else:
-                    added = parts.added(self._added)
+                    added = parts.output(self._added)  # a factor behind it cancels in a ⊙ ∂L/∂a
                     gradient, of_added = torch.autograd.grad(result, [leaf, added], upstream[None])
                 product = added.detach().double() * of_added.double()
                 product = product.abs() if self._absolute else product

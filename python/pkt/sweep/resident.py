@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 
 from pkt.config import LOGIT_ELEMENTS
+from pkt.sublayers import SubLayer
 from pkt.sweep.passes import Sweep
-from pkt.sweep.taps import SubLayer, SubLayers
 
 
 class ResidentSweep(Sweep):
@@ -36,7 +36,7 @@ class ResidentSweep(Sweep):
         self._embedding = self.source.read({"rows": ends[0]})["rows"]
         tied = ends[0] == ends[1]
         self._weight = self._embedding if tied else self.source.read({"head": ends[1]})["head"]
-        self._caught = [SubLayers(self.skeleton, layer) for layer in range(depth)]
+        self._caught = [self.skeleton.sublayers(layer) for layer in range(depth)]
         self._tried = {"calls": False, "head": False}
 
     def release(self) -> None:

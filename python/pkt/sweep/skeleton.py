@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pkt.errors import IncompatibleError
+from pkt.sublayers import SubLayers, layer_stack
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -105,6 +106,10 @@ class Skeleton:
         modules = self.layers[index].named_modules()
         return {name: m for name, m in modules if isinstance(m, nn.Linear)}
 
+    def sublayers(self, index: int) -> SubLayers:
+        """Hooks on the sub-layers of layer ``index``."""
+        return SubLayers(self.layers[index], index + 1, self.family)
+
     def prefix(self, rows: torch.Tensor, outer: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The input of layer 0, shape (1, n, D), for gathered embedding ``rows`` (n, D).
 
@@ -181,7 +186,7 @@ def build_skeleton(
             setattr(module, name, buffer.to(device or "cpu"))
     model.config.pad_token_id = None  # rows are gathered: ids are positions, none is padding
     family = str(config.model_type)
-    path, stack = _layer_stack(model, family, int(config.num_hidden_layers))
+    path, stack = layer_stack(model)
     tape = Tape(len(stack), family)
     layers = tuple(stack)
     embedding = model.get_input_embeddings()
@@ -242,18 +247,3 @@ def _understood(folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         where = f"{folder}: transformers cannot build this model"
         raise IncompatibleError(f"{where}: {reason}") from error
-
-
-def _layer_stack(model: nn.Module, family: str, count: int) -> tuple[str, nn.ModuleList]:
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    outermost = [s for s in stacks if not any(s[0].startswith(f"{o[0]}.") for o in stacks)]
-    if len(outermost) != 1:
-        raise IncompatibleError(
-            f"model family '{family}': expected its {count} decoder layers in one ModuleList, "
-            f"found {len(outermost)} such lists",
-        )
-    return outermost[0]

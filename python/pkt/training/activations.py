@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from pkt.errors import IncompatibleError
 from pkt.records import Sample
-from pkt.sublayers import contribution, decoder_layers
+from pkt.sublayers import SubLayer, SubLayers, layer_stack
 
 TOKENS = 64  # that a family is tried on
 BOUND = 1e-4  # relative, in float32; a bfloat16 model is allowed its rounding
 BFLOAT16_BOUND = 0.1
 
 
-Point = tuple[str, int]  # what of a layer: "in", "out", "attn" or "mlp"; and its number, from 1
+Place = Literal["in", "out", "attn", "mlp"]
+Point = tuple[Place, int]  # what of a layer, and its number, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Activations:
 
     def __init__(self) -> None:
         self.seen: dict[Point, torch.Tensor] = {}
-        self.factors: dict[Point, float] = {}
+        self.parts: dict[int, SubLayers] = {}  #: of the layers whose sub-layers are looked at
 
     def of(self, view: View, counted: torch.Tensor) -> torch.Tensor:
         """The activation at ``counted`` positions, (n, D) float32.
@@ -54,12 +55,21 @@ class Activations:
 
         """
         parts = [
-            sign
-            * self.factors.get(point, 1.0)
-            * self.seen[point][:, : counted.shape[1]][counted].float()
+            sign * self.at(point)[:, : counted.shape[1]][counted].float()
             for sign, point in _points(view)
         ]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def at(self, point: Point) -> torch.Tensor:
+        """What was seen there, (samples, tokens, D).
+
+        Raises:
+            IncompatibleError: a sub-layer that is not to be found in this family.
+
+        """
+        if point not in self.seen:
+            self.seen[point] = self.parts[point[1]].added(cast("SubLayer", point[0]))
+        return self.seen[point]
 
 
 @contextmanager
@@ -76,20 +86,21 @@ def watching(model: Any, views: Sequence[View]) -> Iterator[Activations]:
     """
     found, family = Activations(), str(model.config.model_type)
     points = {point for view in views for _, point in _points(view)}
-    layers = decoder_layers(model) if points else ()
+    layers = layer_stack(model)[1] if points else ()
     with ExitStack() as stack:
         for point in sorted(points):
-            kind, layer = point[0], layers[point[1] - 1]
+            kind, number = point
+            layer = layers[number - 1]
             if kind == "in":
                 look = _before(found.seen, point)
-                handle = layer.register_forward_pre_hook(look, with_kwargs=True)
-            else:
-                module = layer
-                if kind != "out":
-                    module, found.factors[point] = contribution(layer, kind, family)
-                handle = module.register_forward_hook(_after(found.seen, point))
-            stack.callback(handle.remove)
+                stack.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
+            elif kind == "out":
+                stack.callback(layer.register_forward_hook(_after(found.seen, point)).remove)
+            elif number not in found.parts:
+                found.parts[number] = stack.enter_context(SubLayers(layer, number, family))
         yield found
+        for point in points:
+            found.at(point)
 
 
 class Readout:
@@ -100,7 +111,7 @@ class Readout:
 
     def __init__(self, model: Any) -> None:
         self._head, self._config = model.get_output_embeddings(), model.config.get_text_config()
-        inside = {id(part) for layer in decoder_layers(model) for part in layer.modules()}
+        inside = {id(part) for layer in layer_stack(model)[1] for part in layer.modules()}
         norms = [
             module
             for module in model.modules()
@@ -131,15 +142,16 @@ class Readout:
 
 @torch.no_grad()
 def require_parts(model: Any, layer: int, sample: Sample) -> None:
-    """Raise unless attention and MLP add up to what a layer adds, tried on ``sample``.
+    """Raise unless a layer's sub-layers are found by what they add, tried on ``sample``.
 
     Raises:
-        IncompatibleError: the family adds something else.
+        IncompatibleError: they are not.
 
     """
-    views = [View(layer, name) for name in ("attn", "mlp", "block")]
-    attn, mlp, block = _tried(model, views, sample)[1]
-    _require_near(model, attn + mlp, block, "what attention and MLP add to be what its layers add")
+    parts = SubLayers(layer_stack(model)[1][layer - 1], layer, str(model.config.model_type))
+    with parts:
+        _tried(model, (), sample)
+        parts.find()
 
 
 @torch.no_grad()
@@ -174,14 +186,14 @@ def _require_near(model: Any, found: torch.Tensor, wanted: torch.Tensor, what: s
         raise IncompatibleError(
             f"model family '{model.config.model_type}': expected {what}; they differ by "
             f"{error:.2g} of their size",
-            "take --interface block or hidden" if "MLP" in what else "take objective v1 or v2",
+            "take objective v1 or v2",
         )
 
 
 def _points(view: View) -> list[tuple[int, Point]]:
     """What is added and subtracted: sign, and (what of a layer, layer)."""
     if view.interface in ("mlp", "attn"):
-        return [(1, (view.interface, view.layer))]
+        return [(1, (cast("Place", view.interface), view.layer))]
     if view.interface == "hidden":
         return [(1, ("out", view.layer))]
     return [(1, ("out", view.layer)), (-1, ("in", view.layer))]
