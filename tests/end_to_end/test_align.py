@@ -137,6 +137,26 @@ def test_layers_are_compared_before_and_after(bench: Bench, tmp_path: Path) -> N
         Targets(tmp_path / "out.targets" / FOLDER)
 
 
+def test_targets_without_kernels_are_learned_from_without_comparing_layers(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """As written before there were any, or for fewer answer tokens than a comparison takes."""
+    pair, said = (bench.inputs.teacher, bench.inputs.student), tmp_path / "said"
+    package.write_targets(*map(str, pair), bench.data, said, states=True, interface="hidden")
+    index = said / FOLDER / "index.json"
+    found = json.loads(index.read_text())
+    del found["kernels"]
+    index.write_text(json.dumps(found))
+    for path in (said / FOLDER).glob("kernel-*"):
+        path.unlink()
+    made = package.train(
+        str(pair[1]), bench.data, tmp_path / "out", objective="v1", teacher_targets=said,
+        max_steps=2, batch_size=4, micro_batch=2,
+    )  # fmt: skip
+    assert "similarity" not in made.manifest
+    assert not list((tmp_path / "out" / "report").glob("similarity*"))
+
+
 def test_it_is_targets_and_then_training(bench: Bench, tmp_path: Path) -> None:
     assert bench.align(tmp_path / "one", "--objective", "v2").code == 0
     package.write_targets(

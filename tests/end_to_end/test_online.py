@@ -84,6 +84,9 @@ def same(offline: Any, online: Any, bound: float) -> None:
         ("v2", {"kl_weight": 0.0}, {"pairs": "1:1,3:2,4:3"}),
         ("acl", {}, {}),
         ("hidden-mse", {}, {"map": "cosine"}),
+        ("v1", {}, {"interface": "mlp", "map": "ridge"}),
+        ("hidden-mse", {}, {"interface": "attn", "map": "procrustes", "pair_by": "attribution"}),
+        ("v2", {}, {"map": "flex"}),
     ],
 )
 @pytest.mark.parametrize("stored", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -167,7 +170,7 @@ def test_bit_equal_where_no_batch_was_shared(bench: Bench, tmp_path: Path) -> No
 
 
 def held(task: Any, work: Path) -> Any:
-    from pkt.api.extracting import reading
+    from pkt.api.fitting import reading
     from pkt.api.mapped import map_maker
     from pkt.methods import targeting
 

@@ -8,7 +8,7 @@ from pkt.api.aligning import (
     write_targets,
 )
 from pkt.api.alignment import Aligning, align, beside, prepare_align
-from pkt.api.device import free_device_bytes, require_device_fit
+from pkt.api.device import check_device, free_device_bytes, require_device_fit
 from pkt.api.evaluating import (
     data_formats,
     evaluate,
@@ -16,15 +16,9 @@ from pkt.api.evaluating import (
     prepare_evaluation,
 )
 from pkt.api.exporting import execute_export, export, finished_export, prepare_export
-from pkt.api.extracting import (
-    check_device,
-    execute,
-    extract,
-    inspect,
-    prepare,
-    reading,
-    require_fit,
-)
+from pkt.api.extracting import execute, extract, prepare
+from pkt.api.fitting import reading, require_fit
+from pkt.api.inspecting import inspect
 from pkt.api.online import require_both_fit
 from pkt.api.pair_quality import (
     align_quality,

@@ -7,17 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt.api.device import free_device_bytes, require_device_fit
-from pkt.api.extracting import (
-    budget,
-    check_device,
-    compute_dtype,
-    reading,
-    require_choice,
-    require_fit,
-    same_vocabulary,
-    shared_rows,
-)
+from pkt.api.choices import budget, compute_dtype, require_choice
+from pkt.api.device import check_device, free_device_bytes, require_device_fit
+from pkt.api.fitting import reading, require_fit
 from pkt.api.mapped import (
     DEFAULTS,
     Attribution,
@@ -33,6 +25,7 @@ from pkt.api.mapped import (
 )
 from pkt.api.pair_quality import spelling_of
 from pkt.api.training import SPARE
+from pkt.api.vocabulary import same_vocabulary, shared_rows
 from pkt.batches import most_rows, shapes
 from pkt.config import load_aliases
 from pkt.errors import IncompatibleError, UsageError

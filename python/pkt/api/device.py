@@ -1,10 +1,19 @@
-"""Whether a CUDA device has the memory that a plan counts for it, asked before anything is read."""
+"""Whether there is a device, and the memory that a plan counts for it: asked before any reading."""
 
 from __future__ import annotations
 
 from pkt.config import format_bytes
-from pkt.errors import BudgetError
+from pkt.errors import BudgetError, UsageError
 from pkt.records import Plan
+
+
+def check_device(device: str) -> None:
+    """Raise `UsageError` for a device this host does not have."""
+    if device != "cpu":
+        import torch
+
+        if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
+            raise UsageError(f"--device {device}: not available here", "use --device cpu")
 
 
 def require_device_fit(plan: Plan, free_bytes: int | None) -> None:

@@ -7,7 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pkt.api.extracting import Notify, budget, check_device, compute_dtype, shared_rows
+from pkt.api.choices import budget, compute_dtype
+from pkt.api.device import check_device
+from pkt.api.extracting import Notify
+from pkt.api.vocabulary import shared_rows
 from pkt.config import MIB, format_bytes, load_aliases
 from pkt.errors import BudgetError, IncompatibleError, PktError, UsageError
 from pkt.models import Model, load_tokenizer, open_model

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pkt.api.extracting import base_name, budget
+from pkt.api.choices import base_name, budget
 from pkt.config import load_aliases
 from pkt.errors import IncompatibleError, UsageError
 from pkt.models import Model, open_model

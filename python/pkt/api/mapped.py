@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pkt.api.extracting import require_choice
+from pkt.api.choices import require_choice
 from pkt.api.pair_quality import spelling_of
 from pkt.batches import most_rows
 from pkt.errors import DataError, IncompatibleError, UsageError

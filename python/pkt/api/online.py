@@ -159,7 +159,7 @@ def open_said(
 
 
 def _reading(task: Task, io: IoMode | Reading) -> Reading:
-    from pkt.api.extracting import reading
+    from pkt.api.fitting import reading
 
     return io if isinstance(io, Reading) else reading(task, io)
 

@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pkt.api.extracting import budget, check_device, compute_dtype, require_choice
+from pkt.api.choices import budget, compute_dtype, require_choice
+from pkt.api.device import check_device
 from pkt.batches import most_rows
 from pkt.config import MIB, format_bytes, load_aliases
 from pkt.errors import BudgetError, DataError, IncompatibleError, UsageError

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pkt.api.choices import base_name, budget, compute_dtype, require_choice
+from pkt.api.device import check_device
 from pkt.api.distilling import open_teacher, require_pair
-from pkt.api.extracting import base_name, budget, check_device, compute_dtype, require_choice
 from pkt.api.online import open_said, require_both_fit, require_online, said_online
 from pkt.api.supervising import EPOCHS, MODULES, choose_objective, open_supervisor
 from pkt.config import format_bytes, load_aliases

@@ -187,7 +187,8 @@ def _references(setting: Setting, base: Any, cells: Cells, place: Any) -> dict[s
     if path.is_file():
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return held
-    from pkt.api.extracting import budget, compute_dtype, same_vocabulary
+    from pkt.api.choices import budget, compute_dtype
+    from pkt.api.vocabulary import same_vocabulary
     from pkt.evaluation import cross_entropy
     from pkt.methods.tuning import DTYPES
     from pkt.methods.tuning.model import load_student
