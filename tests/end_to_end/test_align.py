@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pkt as package
 from commands import Inputs, Result, build_inputs, pkt, write_seeds
+from pkt.api import prepare_align
 from pkt.errors import CheckpointError
 from pkt.samples import read_samples
 from pkt.similarity import linear_cka
@@ -135,6 +136,15 @@ def test_layers_are_compared_before_and_after(bench: Bench, tmp_path: Path) -> N
     kernel.write_bytes(kernel.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match=r"kernel-00001\.safetensors"):
         Targets(tmp_path / "out.targets" / FOLDER)
+
+
+def test_v1_pairs_its_critical_layer_and_every_layer_if_asked(bench: Bench) -> None:
+    pair = str(bench.inputs.teacher), str(bench.inputs.student)
+    one = prepare_align(*pair, bench.data)
+    assert (one.targets.states.critical, one.targets.states.pairs) == (1, None)
+    every = prepare_align(*pair, bench.data, states={"critical": 0})
+    assert every.targets.states.critical == 0
+    assert [layers.student for layers in every.targets.states.pairs] == [1, 2, 3]
 
 
 def test_targets_without_kernels_are_learned_from_without_comparing_layers(

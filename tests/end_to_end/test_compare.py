@@ -139,15 +139,17 @@ def test_arms_that_learn_from_the_teachers_logits(inputs, tmp_path):
 def test_arms_that_learn_from_the_teachers_activations(inputs, tmp_path):
     out = tmp_path / "out"
     arms = "lora,semalign-v1,lora-as-v1,semalign-v2,semalign-acl,hidden-mse,lora-as-v2"
+    arms += ",kd+semalign"
     made = compare(inputs, out, "--arms", arms, "--steps", 3, "--repeats", 1)
     assert made.code == 0, made.err
     rows = {row["arm"]: row for row in json.loads((out / "results.json").read_text())["arms"]}
     aware = {name for name, row in rows.items() if row["knows_teacher"]}
-    assert aware == {"semalign-v1", "semalign-v2", "semalign-acl", "hidden-mse"}
+    told = {"semalign-v1", "semalign-v2", "semalign-acl", "hidden-mse", "kd+semalign"}
+    assert aware == told
     trained = {name: row["trainable"] for name, row in rows.items()}
     assert trained["semalign-v1"] == trained["lora-as-v1"] < trained["lora-as-v2"]
     assert trained["semalign-v2"] == trained["lora-as-v2"] == trained["hidden-mse"]
-    assert trained["lora-as-v2"] < trained["lora"]
+    assert trained["lora-as-v2"] < trained["lora"] == trained["kd+semalign"]
     assert len({tuple(row["test_by_repeat"]) for row in rows.values()}) == len(rows)
     varied = compare(
         inputs, tmp_path / "varied", "--arms", "semalign-v1", "--vary", "map", "--values",

@@ -33,6 +33,18 @@ def test_the_grid_stops_at_its_limits():
     assert max(uphill) == pytest.approx(HIGHEST)
 
 
+def test_where_every_rate_does_harm_smaller_ones_are_tried():
+    def two_valleys(rate: float) -> float:
+        near_nothing, harmful = (abs(math.log10(rate) + at) for at in (5, 2))
+        return min(4.0 + near_nothing, 5.0 + harmful)
+
+    assert chosen_rate(best_rate(two_valleys, (3e-3, 1e-2))) == 1e-2
+    found = best_rate(two_valleys, (3e-3, 1e-2), 4.2)
+    assert chosen_rate(found) == pytest.approx(1e-5)
+    assert min(found) == pytest.approx(3e-6)
+    assert min(best_rate(lambda rate: 9.0 - rate, (1e-2,), 4.2)) == pytest.approx(LOWEST)
+
+
 def test_divergence_is_the_worst_loss():
     found = best_rate(lambda rate: math.inf if rate > 1e-3 else 1 - rate, (3e-4, 1e-3, 3e-3))
     assert chosen_rate(found) == 1e-3
@@ -135,7 +147,7 @@ def test_arms_come_in_the_tables_order_and_unknown_ones_are_named():
 
 def test_variations_change_what_they_say():
     for kind, variation in VARIATIONS.items():
-        of_alignment = kind in ("map", "interface", "output-loss")
+        of_alignment = kind in ("map", "interface", "output-loss", "kl-weight")
         arms = varied(ARMS["semalign-v1" if of_alignment else "seeking"], kind, None)
         assert len(arms) == len(variation.values)
         assert len({str(arm.options()) for arm in arms}) == len(arms), kind

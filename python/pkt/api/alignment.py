@@ -215,7 +215,7 @@ def _states(objective: str, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
             "leave it out, or take --pairs",
         )
     if not any(found.get(name) for name in ("pairs", "critical", "interpolate", "pair_by")):
-        found |= _PAIRING[objective]
+        found = {**_PAIRING[objective], **found}  # --critical 0 asks for every layer
     return found
 
 

@@ -128,7 +128,7 @@ def compare(
                 def measure(rate: float, arm: Arm = arm) -> float:
                     return cells.run(arm, rate, 0).validation
 
-                losses = best_rate(measure, rates)
+                losses = best_rate(measure, rates, lines["untrained"])
                 rate = chosen_rate(losses)
                 trained = [cells.run(arm, rate, repeat) for repeat in range(repeats)]
             measured.append(ArmResult(arm, losses, trained))
@@ -182,21 +182,27 @@ def _identity(setting: Setting, base: Any) -> dict[str, Any]:
 
 
 def _references(setting: Setting, base: Any, cells: Cells, place: Any) -> dict[str, Any]:
-    """Loss of the untouched student and of the teacher on the test, Σ nll by example."""
+    """Loss of the untouched student and of the teacher on the test, Σ nll by example.
+
+    And ``untrained``: that of the student on the validation data, nats a token.
+    """
     path = cells.work / "references.json"
     if path.is_file():
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return held
     from pkt.api.choices import budget, compute_dtype
     from pkt.api.vocabulary import same_vocabulary
-    from pkt.evaluation import cross_entropy
+    from pkt.evaluation import cross_entropy, mean_loss
     from pkt.methods.tuning import DTYPES
     from pkt.methods.tuning.model import load_student
     from pkt.models import open_model
 
     samples = setting.test.samples
     cells.student = load_student(base.student.folder, DTYPES[base.config.dtype], place)
-    lines: dict[str, Any] = {"student": [x.nll_sum for x in cross_entropy(cells.student, samples)]}
+    lines: dict[str, Any] = {
+        "student": [x.nll_sum for x in cross_entropy(cells.student, samples)],
+        "untrained": mean_loss(cross_entropy(cells.student, setting.validation.samples))[0],
+    }
     teacher = open_model(setting.teacher, setting.extract["aliases"] or {}, "teacher")
     try:
         if not same_vocabulary(teacher, base.student):

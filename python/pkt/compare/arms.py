@@ -65,6 +65,7 @@ class Arm:
         )
 
 
+_ROLES = ("q", "k", "v", "o", "gate", "up", "down")  # as kd adapts; an objective's own are fewer
 _KD = {"distill": "topk-kl"}  # compare itself has the targets written
 _RANDOM = ("random-window", "random-weights", "orthogonal")
 
@@ -93,6 +94,13 @@ ARMS: Mapping[str, Arm] = {
         Arm("semalign-acl", "Fisher-weighted logits, layer by layer", None, {"objective": "acl"}),
         Arm("hidden-mse", "squared errors of hidden states", None, {"objective": "hidden-mse"}),
         Arm("lora-as-v2", "plain LoRA on their modules", None, {"init": "lora"}, like="v2"),
+        Arm(
+            "kd+semalign",
+            "kd, and a tenth as much for cosines of all hidden states",
+            None,
+            {"objective": "v1", "output_loss": "kl", "kl_weight": 10.0, "targets": _ROLES},
+            states={"critical": 0, "interface": "hidden", "map": "dual"},
+        ),
     )
 }
 
@@ -154,12 +162,16 @@ VARIATIONS: Mapping[str, Variation] = {
         ("cosine", "ce", "kl"),
         lambda arm, value: replace(arm, train={**arm.train, "output_loss": value}),
     ),
+    "kl-weight": Variation(
+        ("1", "10", "100"),
+        lambda arm, value: replace(arm, train={**arm.train, "kl_weight": float(value)}),
+    ),
     "examples": Variation(
         ("30", "100", "300", "1000"), lambda arm, value: replace(arm, examples=int(value))
     ),
 }
 _OF_EXTRACTION = ("seed-count", "layers", "select", "split")
-_OF_ALIGNMENT = ("map", "interface", "output-loss")
+_OF_ALIGNMENT = ("map", "interface", "output-loss", "kl-weight")
 
 
 def chosen(names: Sequence[str]) -> list[Arm]:

@@ -9,16 +9,21 @@ START = (3e-4, 1e-3, 3e-3)
 LOWEST, HIGHEST = 1e-6, 1.0
 
 
-def best_rate(measure: Callable[[float], float], rates: Sequence[float]) -> dict[float, float]:
+def best_rate(
+    measure: Callable[[float], float], rates: Sequence[float], untrained: float = math.inf
+) -> dict[float, float]:
     """Validation loss of each learning rate that was tried; the best is never at an edge.
+
+    A loss may have two valleys: where every rate does harm, a much smaller one may not.
 
     Args:
         measure: trains with a rate and returns the validation loss (infinite if it diverged).
         rates: the grid to begin with.
+        untrained: the loss without training.
 
     Returns:
-        loss by rate. The best one has a neighbour on either side, unless the next would lie
-        outside of 1e-6 to 1.
+        loss by rate. The best one has a neighbour on either side, and is no worse than
+        ``untrained``, unless the next rate would lie outside of 1e-6 to 1.
 
     """
     found: dict[float, float] = {}
@@ -29,7 +34,8 @@ def best_rate(measure: Callable[[float], float], rates: Sequence[float]) -> dict
         tried = sorted(found)
         best = chosen_rate(found)
         waiting = []
-        if best == tried[0] and (lower := neighbour(best, -1)) >= LOWEST:
+        harmful = found[best] > untrained
+        if (best == tried[0] or harmful) and (lower := neighbour(tried[0], -1)) >= LOWEST:
             waiting.append(lower)
         if best == tried[-1] and (higher := neighbour(best, 1)) <= HIGHEST:
             waiting.append(higher)
