@@ -2,12 +2,14 @@
 
 from pkt.sweep.answers import answer_logits
 from pkt.sweep.attribution import AttributionSweep
-from pkt.sweep.passes import Observer, Source, Sweep, boundary
+from pkt.sweep.names import boundary, kept_rows
+from pkt.sweep.passes import Sweep
 from pkt.sweep.resident import ResidentSweep
+from pkt.sweep.roles import Observer, Source
 from pkt.sweep.skeleton import Skeleton, attention_kinds, build_skeleton
 from pkt.sweep.spool import DamagedError, Spool, disk_errors, durable
 from pkt.sweep.states import StatesSweep
-from pkt.sweep.taps import RowsTap, kept_rows
+from pkt.sweep.taps import RowsTap
 
 __all__ = [
     "AttributionSweep",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pkt.config import LOGIT_ELEMENTS
+from pkt.sweep.names import boundary
 
 if TYPE_CHECKING:
     from pkt.sweep.passes import Sweep
@@ -33,7 +34,7 @@ def answer_logits(sweep: Sweep, first: int = 0) -> Iterator[Block]:
 
     """
     head = sweep.source.read({"head": sweep.placement.head})["head"]
-    last = f"input-{len(sweep.skeleton.layers):05d}"
+    last = boundary(len(sweep.skeleton.layers))
     step = max(1, LOGIT_ELEMENTS // head.shape[0])
     for number in range(first, len(sweep.seeds)):
         seed = sweep.seeds[number]

@@ -16,7 +16,9 @@ from typing import Any, Literal, cast
 import torch
 
 from pkt.processes import wait_for_all
-from pkt.sweep.passes import Observer, Sweep, Weights, boundary, record_of, upstream_of
+from pkt.sweep.names import boundary, record_of, upstream_of
+from pkt.sweep.passes import Sweep
+from pkt.sweep.roles import Observer, Weights
 
 Added = Literal["attn", "mlp", "block"]
 

@@ -16,6 +16,7 @@ import torch
 
 from pkt.errors import PktError
 from pkt.records import Sample
+from pkt.sweep.names import boundary, upstream_of
 
 if TYPE_CHECKING:
     from pkt.sweep.passes import Sweep
@@ -52,7 +53,7 @@ def column_scores(sweep: Sweep, accumulate: Accumulate) -> dict[str, list[float]
         for number, (seed, block) in enumerate(zip(sweep.seeds, blocks, strict=True)):
             tokens, weight, gradient = _embedding_gradient(sweep, number, seed, block)
             with _captured(sweep) as seen:
-                hidden = sweep.spool.read(f"input-{depth:05d}", number).to(sweep.device)
+                hidden = sweep.spool.read(boundary(depth), number).to(sweep.device)
                 sweep.loss(seed, hidden, head)
             x, dy = torch.cat(seen["x"]), torch.cat(seen["dy"])
             extra = (tokens, gradient) if tied else None
@@ -77,7 +78,7 @@ def _embedding_gradient(
     ids = torch.tensor(seed.tokens, device=sweep.device)
     leaf = block.to(sweep.device).requires_grad_()
     entered = sweep.skeleton.prefix(leaf, sweep.outer)
-    upstream = sweep.spool.read("upstream-00000", number).to(sweep.device)
+    upstream = sweep.spool.read(upstream_of(0), number).to(sweep.device)
     (each,) = torch.autograd.grad(entered, leaf, upstream[None])
     if sweep.skeleton.padding_idx is not None:
         each[ids == sweep.skeleton.padding_idx] = 0  # torch gives look-ups of padding none

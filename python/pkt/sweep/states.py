@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pkt.sweep.passes import Sweep, boundary
+from pkt.sweep.names import boundary
+from pkt.sweep.passes import Sweep
 from pkt.sweep.spool import Spool
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from pkt.sublayers import SubLayer, SubLayers
+from pkt.sweep.names import kept_rows
 from pkt.sweep.skeleton import Skeleton
 from pkt.sweep.spool import SeedWriter, Spool
 
@@ -79,8 +80,3 @@ class RowsTap:
         if self._open:
             caught, out = self._open
             out.write(number, caught.added(self._which)[row][self._positions[number]])
-
-
-def kept_rows(index: int) -> str:
-    """Name of the spool file with some rows of boundary ``index``, or of what layer it is adds."""
-    return f"rows-{index:05d}"

@@ -1,0 +1,259 @@
+"""What is done to one layer of a sweep, to the embedding before it and to the head behind.
+
+For a linear layer y = xWᵀ autograd is never asked for a weight gradient: its input X and upstream
+gradient dY go to an observer, which makes dYᵀX in row blocks as it needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from pkt.batches import batches
+from pkt.checkpoint import Checkpoint, Piece
+from pkt.config import LOGIT_ELEMENTS
+from pkt.errors import PktError
+from pkt.processes import require_all, wait_for_all
+from pkt.records import Sample
+from pkt.sweep.calls import Calls
+from pkt.sweep.capture import Captures
+from pkt.sweep.names import boundary, record_of, upstream_of
+from pkt.sweep.placement import Placement
+from pkt.sweep.roles import Notify, Observer, Source, Weights
+from pkt.sweep.skeleton import Skeleton
+from pkt.sweep.spool import Spool
+from pkt.sweep.taps import NoTap, Tap
+
+GATHER_TOKENS = 1024  # embedding rows copied at once
+
+
+@dataclass
+class LayerSteps:
+    """One teacher, its seeds, and the work folder they leave their traces in."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    seeds: Sequence[Sample]
+    spool: Spool
+    source: Source
+    device: torch.device
+    whole_layer: bool  #: scores of a layer are resident; else (X, dY) are spooled, matrix by matrix
+    chunk_rows: int  #: embedding rows that fit a slot
+    every: int = 1  #: every k-th layer's inputs are left by the forward pass
+    keep_last: bool = False  #: last hidden states are wanted again, for embedding and head
+    notify: Notify = lambda phase, done, total: None
+    seconds: dict[str, float] = field(default_factory=dict)
+    intact: Callable[[Mapping[str, Any]], bool] = lambda record: True  #: its side files are sound
+    batched: bool = False  #: forward, seeds of like length go through a layer together
+    tap: Tap = field(default_factory=NoTap)  #: takes of the forward pass what sub-layers add
+
+    def __post_init__(self) -> None:
+        """Read the small parameters outside the layers: every phase needs them."""
+        self._records: list[dict[str, Any]] = []
+        lengths = [len(seed.tokens) for seed in self.seeds]
+        alone = [(number,) for number in range(len(lengths))]
+        self._together = batches(lengths) if self.batched else alone
+        self._remade: Counter[str] = Counter()  # files that this process has found damaged
+        self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
+        self.outer = self.source.read(self.placement.outer())
+        self.calls = Calls(
+            self.skeleton, self.outer, self.spool.width, self.spool.dtype, self.device
+        )
+
+    def _embed(self, weights: Iterator[Weights], chunks: Sequence[Piece]) -> None:
+        """Gather embedding rows, run what the model does before its first layer."""
+        tables = (next(weights)["rows"] for _ in chunks)
+        with self.gathered(tables) as rows, self.spool.writer(boundary(0)) as out, torch.no_grad():
+            for block in rows.split(list(self.spool.lengths)):
+                out.append(self.skeleton.prefix(block.to(self.device), self.outer)[0])
+        self.calls.require_same(self.skeleton.tape.calls, len(self.seeds[-1].tokens))
+
+    @contextmanager
+    def gathered(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The embedding row of every token of every seed, (tokens, D), from runs of rows."""
+        ids = torch.tensor([token for seed in self.seeds for token in seed.tokens])
+        with self.spool.scratch("rows", len(ids), self.spool.width) as rows:
+            start = 0
+            for chunk in chunks:
+                table, stop = chunk.cpu(), start + chunk.shape[0]
+                for part in torch.arange(len(ids)).split(GATHER_TOKENS):
+                    here = part[(ids[part] >= start) & (ids[part] < stop)]
+                    rows[here] = table[ids[here] - start]
+                    if not bool(rows[here].isfinite().all()) and (
+                        damage := self.placement.damage(table, self.placement.embedding, start)
+                    ):
+                        raise damage
+                start = stop
+            yield rows
+
+    @torch.no_grad()
+    def _forward(self, index: int, weights: Weights) -> None:
+        depth, at = len(self.skeleton.layers), index + 1
+        synced = at % self.every == 0 or at == depth  # the others can be made from these
+        with self.spool.writer(boundary(at), synced=synced) as out, self.tap.layer(index):
+            for numbers in self._together:
+                blocks = [self.spool.read(boundary(index), number) for number in numbers]
+                rows = pad_sequence(blocks, batch_first=True).to(self.device)
+                args, kwargs = self.calls.of(rows.shape[1], index)
+                if index == 0 and len(blocks[0]) < rows.shape[1]:
+                    self._require_causal(weights, rows, len(blocks[0]))
+                result = self._apply(index, weights, rows, args, kwargs)
+                for row, number in enumerate(numbers):
+                    seed = self.seeds[number]
+                    block = result[row, : len(seed.tokens)]
+                    if not bool(torch.isfinite(block).all()):
+                        raise self._bad_layer(index, weights, seed, "activation")
+                    self.tap.take(number, row)
+                    out.write(number, block)
+
+    def _require_causal(self, weights: Weights, rows: torch.Tensor, length: int) -> None:
+        """Refuse a family in which what is behind a text changes its states."""
+        whole, alone = (
+            self._apply(0, weights, part, *self.calls.of(part.shape[1], 0))[0, :length].float()
+            for part in (rows[:1], rows[:1, :length])
+        )
+        if float((whole - alone).abs().max()) > 0.05 * (1 + float(alone.abs().max())):
+            raise self.skeleton.tape.refusal("looks ahead of a position")
+
+    def _head(self, depth: int) -> None:
+        """Loss of each seed, and its gradient with respect to the last hidden state."""
+        head = self.source.read({"head": self.placement.head})["head"]
+        losses = []
+        with self.spool.writer(upstream_of(depth)) as out:
+            for number, seed in enumerate(self.seeds):
+                hidden = self.spool.read(boundary(depth), number).to(self.device)
+                if number == 0:
+                    self.check_head(hidden, head)
+                loss, gradient = self.loss(seed, hidden, head)
+                if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+                    pieces = {"head": self.placement.head, **self.placement.outer()}
+                    raise self.not_finite(pieces, {"head": head, **self.outer}, seed, "loss")
+                out.append(gradient)
+                losses.append(loss)
+                self.notify("head", number + 1, len(self.seeds))
+        self.spool.put("losses", losses)
+
+    def loss(
+        self, seed: Sample, hidden: torch.Tensor, head: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """Mean cross-entropy of a seed's loss tokens, and its gradient at ``hidden`` (n, D)."""
+        step = max(1, LOGIT_ELEMENTS // head.shape[0])
+        gradient, loss = torch.zeros_like(hidden), 0.0
+        at = torch.tensor(seed.loss_mask, device=self.device).nonzero()[:, 0]
+        targets = torch.tensor(seed.tokens, device=self.device)
+        for part in at.split(step):
+            leaf = hidden[part - 1].requires_grad_()
+            logits = self.skeleton.logits(leaf, head, self.outer).float()
+            total = functional.cross_entropy(logits, targets[part], reduction="sum") / len(at)
+            (gradient[part - 1],) = torch.autograd.grad(total, leaf)
+            loss += float(total.detach())
+        return loss, gradient
+
+    def _backward(self, index: int, weights: Weights, observer: Observer | None) -> None:
+        """Recompute one layer per seed with gradients; hand them to the observer, if there is one.
+
+        Without, the layer has been scored before, and the gradients at its inputs are lacking.
+        """
+        linears = self.skeleton.linears(index)
+        others = {
+            name: weights[name]
+            for name, _ in self.skeleton.layers[index].named_parameters()
+            if name.removesuffix(".weight") not in linears
+        }
+        sink = observer.linear if observer and self.whole_layer else None
+        captures = Captures(linears if observer else {}, self.spool, sink)
+        live = {**weights, **{n: w.detach().requires_grad_() for n, w in others.items()}}
+        if observer:
+            observer.begin_layer(index)
+        with captures, self.spool.writer(upstream_of(index)) as out:
+            for number, seed in enumerate(self.seeds):
+                hidden = self.spool.read(boundary(index), number).to(self.device)
+                upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
+                args, kwargs = self.calls.of(len(seed.tokens), index)
+                leaf = hidden.requires_grad_()
+                with captures.seed(number, weights):
+                    result = self._apply(index, live, leaf[None], args, kwargs)
+                    wanted = [leaf, *(live[name] for name in others)]
+                    gradients = torch.autograd.grad(
+                        result, wanted, upstream[None], allow_unused=True
+                    )
+                if uncalled := captures.uncalled:
+                    raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
+                finite = captures.finite
+                for name, gradient in zip(others, gradients[1:], strict=True):
+                    if observer and gradient is not None:
+                        finite &= observer.parameter(name, others[name], gradient)
+                if not finite:
+                    raise self._bad_layer(index, weights, seed, "gradient")
+                out.append(gradients[0])
+            if observer:
+                self._finish_matrices(index, weights, captures, observer)
+        if observer:
+            record = observer.finish_layer(index)
+            self.spool.put(record_of(index), record)
+            self._records.insert(0, record)
+            wait_for_all()  # one that was killed just before may have to begin this layer again
+        self.spool.drop(upstream_of(index + 1))
+
+    def _finish_matrices(
+        self, index: int, weights: Weights, captures: Captures, observer: Observer
+    ) -> None:
+        for module in self.skeleton.linears(index):
+            weight = weights[f"{module}.weight"]
+            if not self.whole_layer:
+                for seed, (x, dy) in zip(self.seeds, captures.replay(module), strict=True):
+                    inputs, upstream = x.to(self.device), dy.to(self.device)
+                    if not observer.linear(module, weight, inputs, upstream):
+                        raise self._bad_layer(index, weights, seed, "gradient")
+            observer.finish_matrix(index, module, weight)
+
+    def _apply(
+        self, index: int, weights: Weights, hidden: torch.Tensor, args: Any, kwargs: Any
+    ) -> torch.Tensor:
+        require_all()
+        layer = self.skeleton.layers[index]
+        absent = [name for name, _ in layer.named_parameters() if name not in weights]
+        if absent:
+            raise self.skeleton.tape.refusal(f"has no weight for '{absent[0]}' of layer {index}")
+        result = torch.func.functional_call(
+            layer, dict(weights), (hidden, *args), kwargs, tie_weights=False
+        )
+        result = result[0] if isinstance(result, tuple) else result
+        if not isinstance(result, torch.Tensor) or result.shape != hidden.shape:
+            raise self.skeleton.tape.refusal("has decoder layers that return no hidden state")
+        if result.dtype != hidden.dtype:
+            raise self.skeleton.tape.refusal(f"turns hidden states into {result.dtype}")
+        return result
+
+    @torch.no_grad()
+    def check_head(self, hidden: torch.Tensor, head: torch.Tensor) -> None:
+        """Refuse a family whose logits at a position depend on other positions."""
+        two = self.skeleton.logits(hidden[:2], head, self.outer)[0].float()
+        one = self.skeleton.logits(hidden[:1], head, self.outer)[0].float()
+        far = float((two - one).abs().max()) > 0.05 * (1 + float(one.abs().max()))
+        if far and bool(torch.isfinite(one).all()):
+            raise self.skeleton.tape.refusal("mixes positions after its last layer")
+
+    def _bad_layer(self, index: int, weights: Weights, seed: Sample, what: str) -> PktError:
+        pieces = self.placement.layer(index)
+        return self.not_finite(pieces, weights, seed, f"{what} in layer {index}")
+
+    def not_finite(
+        self, pieces: Mapping[str, Piece], weights: Weights, seed: Sample, what: str
+    ) -> PktError:
+        """The error that blames the weight which is NaN or infinite, else the seed."""
+        for name, piece in pieces.items():
+            if damage := self.placement.damage(weights[name], piece):
+                return damage
+        return PktError(
+            f"seed {seed.name}: its {what} is not finite, though all weights are",
+            "try --dtype float32, or leave this seed out",
+        )
