@@ -363,7 +363,10 @@ def test_what_stands_beside_the_layer_loss(
     same(by_pkt(pair, tmp_path, objective, interface, targets, halves, output, beta), wanted)
 
 
-@pytest.mark.parametrize("objective", ["v1", "v2", "acl", "hidden-mse"])
+@pytest.mark.parametrize(
+    "objective",
+    ["v1", "acl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v2", "hidden-mse"))],
+)
 def test_how_a_step_is_divided_changes_nothing(pair: Pair, objective: str, tmp_path: Path) -> None:
     pairs, interface = ((2, 2), (4, 3)), INTERFACES[objective][0]
     targets = supervision(pair, objective, interface, pairs)
