@@ -287,6 +287,7 @@ def test_changed_options_are_named(bench, tmp_path):
         (("--targets", "q"), "the extraction says what is adapted"),
         (("--lr", "0"), "--lr: expected more than 0"),
         (("--warmup", "1.5"), "--warmup: expected a share"),
+        (("--max-grad-norm", "0"), "--max-grad-norm: expected more than 0"),
         (("--init", "nowhere"), "expected lora, pissa, gaussian or a folder"),
         (("--norms-from", "nowhere"), "the extraction says what is adapted"),
         (("--init", "gaussian", "--norms-from", "nowhere"), "found no pkt_manifest.json"),

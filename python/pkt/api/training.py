@@ -317,7 +317,7 @@ def _form(start: str, form: Any) -> Any:
 
 def _schedule(kind: Any, given: Mapping[str, Any]) -> Any:
     schedule = kind(**given)
-    positive = ("lr", "lr_ratio", "epochs", "batch_size", "micro_batch")
+    positive = ("lr", "lr_ratio", "epochs", "batch_size", "micro_batch", "max_grad_norm")
     for name in positive:
         if not getattr(schedule, name) > 0:
             option = name.replace("_", "-")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SCHEDULE = (
     "lr", "lr_ratio", "epochs", "max_steps", "batch_size", "micro_batch", "warmup",
-    "weight_decay", "gradient_checkpointing", "autocast", "eval_steps", "seed",
+    "weight_decay", "max_grad_norm", "gradient_checkpointing", "autocast", "eval_steps", "seed",
 )  # fmt: skip
 _INPUTS = (
     "init", "norms_from", "eval_data", "start", "rank", "targets", "embeddings", "dropout",
@@ -60,6 +60,10 @@ schedule = options.together(
         "--warmup", type=float, default=0.03, show_default=True, help="Share of the steps."
     ),
     click.option("--weight-decay", type=float, default=0.0, show_default=True),
+    click.option(
+        "--max-grad-norm", type=float, default=1.0, show_default=True,
+        help="Gradients of a step that are larger are scaled down to it.",
+    ),
     click.option(
         "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True,
         help="Of the trained half's input; the frozen half has none.",

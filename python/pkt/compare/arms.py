@@ -166,6 +166,10 @@ VARIATIONS: Mapping[str, Variation] = {
         ("1", "10", "100"),
         lambda arm, value: replace(arm, train={**arm.train, "kl_weight": float(value)}),
     ),
+    "max-grad-norm": Variation(
+        ("0.1", "1", "10"),
+        lambda arm, value: replace(arm, train={**arm.train, "max_grad_norm": float(value)}),
+    ),
     "examples": Variation(
         ("30", "100", "300", "1000"), lambda arm, value: replace(arm, examples=int(value))
     ),

@@ -50,7 +50,7 @@ class Schedule:
     micro_batch: int = 4  #: of them at once in one process
     warmup: float = 0.03  #: share of the steps
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  #: larger gradients of a step are scaled down to it
     gradient_checkpointing: bool = True
     autocast: bool = False  #: transformers' bf16 mixed precision
     eval_steps: int = 0  #: 0: at the end of every epoch
