@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tiny
 from pkt.errors import CheckpointError, IncompatibleError, PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
+from pkt.sublayers import layer_stack
 from pkt.sweep import build_skeleton
-from pkt.sweep.skeleton import _layer_stack
 
 F32 = torch.float32
 SMALL: dict[str, Any] = {
@@ -231,13 +231,17 @@ class TestSkeleton:
             )
 
         model = nn.ModuleDict({"decoder": stack(3)})
-        path, found = _layer_stack(model, "toy", 3)
+        toy = AutoConfig.for_model("llama", num_hidden_layers=3)
+        toy.model_type = "toy"
+        model.config = toy
+        path, found = layer_stack(model)
         assert (path, found) == ("decoder", model["decoder"])
         model["encoder"] = stack(2)
         with pytest.raises(IncompatibleError, match=r"'toy'.*3 decoder layers in one.*found 2"):
-            _layer_stack(model, "toy", 3)
+            layer_stack(model)
+        toy.num_hidden_layers = 7
         with pytest.raises(IncompatibleError, match="found 0"):
-            _layer_stack(model, "toy", 7)
+            layer_stack(model)
 
     def test_code_of_the_checkpoint_is_not_run(self, tmp_path: Path) -> None:
         folder = tiny.build("llama", tmp_path / "m")
