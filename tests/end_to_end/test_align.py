@@ -193,6 +193,7 @@ def test_targets_serve_again(bench: Bench, tmp_path: Path) -> None:
     assert manifest(tmp_path / "b")["options"]["output_loss"] == "ce"
 
 
+@pytest.mark.slow  # targets and training are killed apart in other tests
 def test_killed_at_any_moment_and_continued(bench: Bench, tmp_path: Path) -> None:
     options = {
         "objective": "acl", "max_steps": 8, "batch_size": 4, "micro_batch": 2, "lr": 1e-2,
