@@ -37,12 +37,14 @@ def pkt(*arguments: str) -> Any:
 
 
 def steady_raw(folder: Path) -> float:
-    """Bytes a second of plain parallel reads of the checkpoint, cold, without a pause."""
+    """Bytes a second of plain parallel reads of the checkpoint, cold; 0: too small to tell."""
     files = [(path, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
     places = stretches(files, STRETCH_BYTES, 1 << 20)
     for place in places:
         drop_cached(files, place)
     memory, best = pages(STRETCH_BYTES), 0.0
+    if len(places) < 2:
+        return best
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for direct in (False, True):
             take = raw_reading(files, direct, memory, pool)
@@ -78,7 +80,11 @@ def main() -> None:
             f"--limit={args.limit}", f"--max-tokens={args.tokens}", f"--max-ram={args.max_ram}",
         ]  # fmt: skip
         forecast = pkt("bench", "extract", *given, f"--folder={folder}")
-        raw = steady_raw(Path(teacher))
+        raw = steady_raw(Path(teacher)) or 1e9 * max(
+            rate["gigabytes_per_second"]
+            for name, rate in forecast["rates"].items()
+            if name.startswith("raw")
+        )
         run = pkt("extract", *given, "-o", str(folder / "out"), f"--io={forecast['io']['mode']}")
     took: dict[str, float] = run["run"]["seconds"]
     whole = sum(took.values())

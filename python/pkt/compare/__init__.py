@@ -165,7 +165,7 @@ def _identity(setting: Setting, base: Any) -> dict[str, Any]:
     }
     aliases = setting.extract["aliases"] or {}
     return {
-        "format": 1,
+        "format": 2,  # 1 chose rates without trying smaller ones where all did harm
         "pkt": pkt.__version__,
         "method": "compare",
         "teacher": open_model(setting.teacher, aliases, "teacher").hashes(),

@@ -3,12 +3,10 @@
 So the teacher is read at most twice, whatever the number of seeds: once forward, leaving each
 layer's inputs in the spool, once backward, where each layer is recomputed with gradients. (Where
 the disk has no room for the inputs of every layer, only each k-th one's are left, and the segment
-between two is run forward once more.) For a linear layer y = xWᵀ autograd is never asked for a
-weight gradient: its input X and upstream gradient dY go to an observer, which makes dYᵀX in row
-blocks as it needs them. Results do not depend on slots, memory budget, k, or on where a killed run
-was continued; what is found damaged when it is read is made again. Of several processes each sweeps
-seeds of its own; they meet where a layer's scores are summed, and go on from the last layer that
-all of them have finished.
+between two is run forward once more.) What is done to a layer is in `pkt.sweep.layers`. Results do
+not depend on slots, memory budget, k, or on where a killed run was continued; what is found damaged
+when it is read is made again. Of several processes each sweeps seeds of its own; they meet where a
+layer's scores are summed, and go on from the last layer that all of them have finished.
 """
 
 from __future__ import annotations
