@@ -111,7 +111,7 @@ help: ## this list
 $(VENV)/.tools: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python ≥ 3.11 found: make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet 'maturin>=1.9,<2' ziglang
+	$(PIP) install --quiet 'maturin>=1.9,<2' 'setuptools>=70.1' ziglang
 	touch $@
 
 # The package, editable, with its dependencies and the developer's tools.
