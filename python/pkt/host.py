@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import threading
@@ -97,6 +98,18 @@ def describe() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether torch has fast kernels for bfloat16 products on this processor.
+
+    oneDNN has them for AVX-512, for AVX-NE-CONVERT and on ARM for BF16; read off the processor's
+    flags, as torch does, so that a plan needs no torch.
+    """
+    flags = next((set(line.split(":")[1].split()) for line in _read("/proc/cpuinfo").splitlines()
+                  if line.lower().startswith(("flags", "features"))), set[str]())  # fmt: skip
+    return {"avx512bw", "avx512vl", "avx512dq"} <= flags or bool({"avx_ne_convert", "bf16"} & flags)
 
 
 def _group_bytes(folder: Path) -> int:

@@ -55,7 +55,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
 
 
 def planned(pair: tuple[Model, Model], budget: int = 64 * GIB, **options: Any) -> Plan:
-    settings: dict[str, Any] = {"dtype": "BF16", "rank": 16, "tokens": 3200, "longest": 100}
+    settings: dict[str, Any] = {"dtype": "BF16", "rank": 16, "tokens": 3200, "longest": 100,
+                                "rows": 100}  # fmt: skip
     pairs, _, problems = match(*pair, None, embeddings=False)
     assert not problems
     return make_plan(*pair, pairs, budget=(budget, "--max-ram"), **{**settings, **options})

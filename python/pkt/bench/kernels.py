@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pkt.products import bfloat16_products
 from pkt.records import Select
 from pkt.selection import Cut, choose
 from pkt.sensitivity import LayerScores, accumulate
@@ -102,10 +103,10 @@ def bench_window(
 
 
 def matmul(dtype: torch.dtype, size: int = SQUARE) -> MatmulRate:
-    """The rate of a product of square matrices of ``dtype``."""
+    """The rate of a product of square matrices of ``dtype``, made as a run makes it."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, dtype=dtype)
-    seconds = best(lambda: torch.mm(a, b, out=out))
+    with bfloat16_products(a.device, dtype):
+        seconds = best(lambda: a @ b)
     return MatmulRate(str(dtype).removeprefix("torch."), size, 2 * size**3 / seconds / 1e12)
 
 

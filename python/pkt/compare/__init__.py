@@ -196,25 +196,25 @@ def _references(setting: Setting, base: Any, cells: Cells, place: Any) -> dict[s
     from pkt.methods.tuning import DTYPES
     from pkt.methods.tuning.model import load_student
     from pkt.models import open_model
+    from pkt.products import bfloat16_products
 
-    samples = setting.test.samples
-    cells.student = load_student(base.student.folder, DTYPES[base.config.dtype], place)
-    lines: dict[str, Any] = {
-        "student": [x.nll_sum for x in cross_entropy(cells.student, samples)],
-        "untrained": mean_loss(cross_entropy(cells.student, setting.validation.samples))[0],
-    }
+    samples, dtype = setting.test.samples, DTYPES[base.config.dtype]
+    cells.student = load_student(base.student.folder, dtype, place)
+    with bfloat16_products(place, dtype):
+        lines: dict[str, Any] = {
+            "student": [x.nll_sum for x in cross_entropy(cells.student, samples)],
+            "untrained": mean_loss(cross_entropy(cells.student, setting.validation.samples))[0],
+        }
     teacher = open_model(setting.teacher, setting.extract["aliases"] or {}, "teacher")
     try:
         if not same_vocabulary(teacher, base.student):
             raise BudgetError("the teacher reads the test as other tokens")
         if teacher.checkpoint.bytes > budget(setting.extract.get("max_ram"))[0]:
             raise BudgetError("the teacher does not fit the memory as a whole")
-        model = load_student(
-            teacher.folder,
-            DTYPES[compute_dtype(teacher, setting.train.get("dtype", "auto"))],
-            place,
-        )
-        lines["teacher"] = [x.nll_sum for x in cross_entropy(model, samples)]
+        dtype = DTYPES[compute_dtype(teacher, setting.train.get("dtype", "auto"))]
+        model = load_student(teacher.folder, dtype, place)
+        with bfloat16_products(place, dtype):
+            lines["teacher"] = [x.nll_sum for x in cross_entropy(model, samples)]
     except BudgetError as error:
         lines["teacher"] = None
         lines["teacher_note"] = error.message

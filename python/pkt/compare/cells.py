@@ -175,6 +175,7 @@ class Cells:
         from pkt.evaluation import cross_entropy, mean_loss
         from pkt.methods import tuning
         from pkt.methods.tuning.model import load_student
+        from pkt.products import bfloat16_products
 
         setting, task, began = self.setting, self.task(arm, repeat), time.perf_counter()
         schedule = replace(task.config.schedule, lr=rate, seed=repeat)
@@ -191,13 +192,13 @@ class Cells:
             claim.write_text(wanted, encoding="utf-8")
         trainable, validation, test = 0, math.inf, [math.inf] * len(setting.test.samples)
         try:
-            made = tuning.train(
-                task, folder / "checkpoints", place, stop=self.stop, student=self.student
-            )
-            trainable = made.trainable
-            validation = mean_loss(cross_entropy(made.model, setting.validation.samples))[0]
-            test = [loss.nll_sum for loss in cross_entropy(made.model, setting.test.samples)]
-            self.student = made.model.unload()
+            with bfloat16_products(place, tuning.DTYPES[task.config.dtype]):
+                made = tuning.train(
+                    task, folder / "checkpoints", place, stop=self.stop, student=self.student
+                )
+                validation = mean_loss(cross_entropy(made.model, setting.validation.samples))[0]
+                test = [loss.nll_sum for loss in cross_entropy(made.model, setting.test.samples)]
+            trainable, self.student = made.trainable, made.model.unload()
         except DivergenceError:
             self.student = None  # it is still wrapped: load it anew
         shutil.rmtree(folder)

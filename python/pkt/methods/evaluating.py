@@ -26,6 +26,7 @@ from pkt.evaluation.tasks import CODE, Asked, lm_eval_tasks, local_tasks
 from pkt.host import PeakMeter, describe
 from pkt.models import Model
 from pkt.output import finished, publish, run_folder
+from pkt.products import bfloat16_products
 from pkt.records import Evaluation, SampleSet
 
 RESULTS = ("results.json", "results.md", "details")
@@ -127,8 +128,10 @@ def run(
     with meter.running(), run_folder(folder, identity, overwrite) as work:
         steps = Steps(work)
         models = Models(request.student, request.teacher, request.torch_dtypes(), request.device)
+        dtypes = request.torch_dtypes().values()
         try:
-            _run(request, models, steps, seconds, quiet, notify)
+            with bfloat16_products(torch.device(request.device), *dtypes):
+                _run(request, models, steps, seconds, quiet, notify)
         finally:
             models.close()
         found = _collect(request, steps)

@@ -24,6 +24,7 @@ from pkt.plan.sizes import (
     is_native,
     kept_bytes,
     total_bytes,
+    widened,
 )
 from pkt.projections import Pair
 from pkt.records import Plan, PlanPart, Room
@@ -39,6 +40,7 @@ def make_plan(
     rank: int,
     tokens: int,
     longest: int,
+    rows: int,
     budget: tuple[int, str],
     embeddings: bool = False,
     masks: bool = False,
@@ -57,6 +59,7 @@ def make_plan(
         rank: of the adapter.
         tokens: of all seeds.
         longest: tokens of the longest seed.
+        rows: of the largest batch of seeds, as `pkt.batches` has them.
         budget: bytes allowed, and where that number comes from.
         embeddings: whether embedding and head are extracted too.
         masks: whether single weights are chosen, whose bit masks are kept.
@@ -82,8 +85,8 @@ def make_plan(
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
     logits = LOGIT_ELEMENTS * (2 * item + 14)  # in the head's type and in float32, and gradients
     widths = [*(width for p in matrices for width in p.shape), *(8 * [teacher.hidden_size])]
-    activations = sum(kept_bytes(longest * width * item) for width in widths)
-    activations += attention_bytes(teacher, longest, item)
+    activations = sum(kept_bytes(rows * width * item) for width in widths)
+    activations += attention_bytes(teacher, rows, longest, item)
     mask = 2 * longest * longest * (item if is_eager(teacher) else 1)  # sliding and full
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
     window = _window_bytes(pairs)
@@ -100,10 +103,12 @@ def make_plan(
             *shared,
             PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
             PlanPart("gradient block", block),
-            PlanPart("activations of one seed", activations, f"{longest} tokens"),
+            PlanPart("activations of a batch", activations, f"{rows} tokens"),
+            *widened(dtype, rows, widths, longest),
             PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
         ]
         ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
+        ends += widened(dtype, longest, [*head.shape])
         if embeddings:
             ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
         return sweep, ends

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import LOGIT_ELEMENTS, MIB
+from pkt.host import multiplies_bfloat16
 from pkt.models import Model
 from pkt.plan.sizes import (
     BASE_BYTES,
@@ -17,6 +18,7 @@ from pkt.plan.sizes import (
     is_eager,
     is_native,
     total_bytes,
+    widened,
 )
 from pkt.records import AlignPlan, DiskNeed, Plan, PlanPart, Room
 
@@ -61,7 +63,8 @@ def make_forward_plan(
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
     # Of each shape, those with the matrices of a layer, of its attention, and with the head.
     kinds = len({piece.shape for piece in matrices}) + 2
-    products = min(MOST_PRODUCTS, shapes * kinds) * PRODUCT_BYTES if dtype == "BF16" else 0
+    kept = dtype == "BF16" and multiplies_bfloat16()
+    products = min(MOST_PRODUCTS, shapes * kinds) * PRODUCT_BYTES if kept else 0
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
         weights, used = forward_parts(teacher, slots, dtype, rows)
@@ -185,9 +188,9 @@ def forward_parts(
     item = DTYPE_BYTES[dtype]
     elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
     slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
-    widths = sum(sum(p.shape) for p in layer.values() if len(p.shape) == 2)
-    activations = rows * (widths + 8 * model.hidden_size) * item
-    activations += attention_bytes(model, rows, item)
+    widths = [width for p in layer.values() if len(p.shape) == 2 for width in p.shape]
+    activations = rows * (sum(widths) + 8 * model.hidden_size) * item
+    activations += attention_bytes(model, rows, rows, item)
     mask = 2 * rows * rows * (item if is_eager(model) else 1)  # sliding and full
     ahead = f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
     weights = [PlanPart("layer slots", slots * slot, ahead)]
@@ -195,5 +198,6 @@ def forward_parts(
         weights.append(PlanPart("weights converted", elements * item, f"to {dtype}"))
     return weights, [
         PlanPart("activations of a batch", activations, f"{rows} tokens"),
+        *widened(dtype, rows, widths),
         PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
     ]

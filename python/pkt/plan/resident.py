@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import LOGIT_ELEMENTS, MIB
+from pkt.host import multiplies_bfloat16
 from pkt.models import Model
 from pkt.plan.forward import forward_parts
 from pkt.plan.sizes import (
@@ -66,7 +67,7 @@ def make_resident_plan(
         ends = (teacher.embedding, teacher.head or teacher.embedding)
         largest = max(sum(p.bytes for p in layer.values()), *(piece.bytes for piece in ends))
         parts.append(PlanPart("weights as stored", largest, "while they are read"))
-    if dtypes[0] == "BF16":
+    if dtypes[0] == "BF16" and multiplies_bfloat16():
         kinds = len({p.shape for p in layer.values() if len(p.shape) == 2}) + 2
         products = min(MOST_PRODUCTS, len(set(lengths)) * kinds) * PRODUCT_BYTES
         parts.append(PlanPart("products of each length", products))

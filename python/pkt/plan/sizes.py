@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pkt.checkpoint import DTYPE_BYTES
-from pkt.config import MIB
+from pkt.config import MIB, WIDENED_ELEMENTS, WIDENED_ROWS
+from pkt.host import multiplies_bfloat16
 from pkt.models import Model
 from pkt.records import PlanPart
 
@@ -38,15 +39,27 @@ def kept_bytes(tensor: int) -> int:
     return tensor * 5 // 4 if tensor >= HEAP_BYTES else 2 * tensor
 
 
-def attention_bytes(teacher: Model, longest: int, item: int) -> int:
-    """What attention keeps of one seed beyond q, k and v.
+def attention_bytes(teacher: Model, rows: int, longest: int, item: int) -> int:
+    """What attention keeps of a batch of so many rows beyond q, k and v.
 
     Fused attention keeps a few rows of probabilities at a time. A model that caps them (Gemma 2)
     runs transformers' eager code, which keeps whole matrices: logits, capped, softmax in float32.
     """
     if is_eager(teacher):
-        return longest * longest * teacher.heads * (4 * item + 8)
-    return 2 * min(longest, 512) * longest * teacher.heads * item
+        return rows * longest * teacher.heads * (4 * item + 8)
+    return 2 * min(longest, 512) * rows * teacher.heads * item
+
+
+def widened(dtype: str, rows: int, widths: Iterable[int], scored: int = 0) -> list[PlanPart]:
+    """What products of bfloat16 hold where the processor makes them in float32 (`pkt.products`).
+
+    A block of a weight, so many rows of either side, and the input of a seed that is ``scored``.
+    """
+    if dtype != "BF16" or multiplies_bfloat16():
+        return []
+    widest = max(widths, default=0)
+    held = 4 * (WIDENED_ELEMENTS + 2 * min(rows, WIDENED_ROWS) * widest + scored * widest)
+    return [PlanPart("products in float32", held, "blocks of bfloat16 ones")]
 
 
 def is_native(layer: object, dtype: str) -> bool:

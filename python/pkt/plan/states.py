@@ -24,6 +24,7 @@ from pkt.plan.sizes import (
     is_native,
     kept_bytes,
     total_bytes,
+    widened,
 )
 from pkt.records import Plan, PlanPart, Room
 from pkt.schedule import peak_boundaries
@@ -215,11 +216,12 @@ def _gradients(teacher: Model, item: int, wanted: Attributed) -> list[PlanPart]:
     matrices = [p for p in _largest(teacher).values() if len(p.shape) == 2]
     widths = [*(w for p in matrices for w in p.shape), *(8 * [teacher.hidden_size])]
     activations = sum(kept_bytes(wanted.longest * width * item) for width in widths)
-    activations += attention_bytes(teacher, wanted.longest, item)
+    activations += attention_bytes(teacher, wanted.longest, wanted.longest, item)
     activations += 4 * 8 * wanted.longest * teacher.hidden_size  # products in float64
     mask = 2 * wanted.longest * wanted.longest * (item if is_eager(teacher) else 1)
     return [
         PlanPart("activations and gradients of one text", activations, f"{wanted.longest} tokens"),
+        *widened("BF16" if item == 2 else "F32", wanted.longest, widths),
         PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
     ]
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pkt import _core
+from pkt.products import multiplied_in
 from pkt.sensitivity import device
 
 # Gradient elements made at once: on the CPU they stay in cache until they are used; a device is
@@ -96,8 +97,9 @@ def score_sum(scores: torch.Tensor) -> float:
 class LayerScores:
     """Scores of one layer's parameters while its gradients pass by (an observer of the sweep).
 
-    Linear weights are scored from X and dY in row blocks of dYᵀX, bit-equal to the gradient
-    autograd would have made, which never exists as a whole.
+    Linear weights are scored from X and dY in row blocks of dYᵀX, which never exists as a whole:
+    bit-equal to the gradient that autograd would have made, or, where bfloat16 is multiplied in
+    float32 (`pkt.products`), to that gradient before it is rounded.
 
     Args:
         memory: float32 arena for the scores of a layer, or of one matrix at a time.
@@ -139,12 +141,14 @@ class LayerScores:
         columns = weight.shape[1]
         on_cpu = scores.device.type == "cpu"
         step = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // columns)
-        block = self._block_for(step * columns, weight)
+        kind = multiplied_in(weight.dtype, weight.device)
+        block = self._block_for(step * columns, weight, kind)
+        x = x.to(kind)
         bad = _nothing_bad(scores)
         for start in range(0, weight.shape[0], step):
             part = slice(start, min(start + step, weight.shape[0]))
             gradient = block[: (part.stop - start) * columns].view(-1, columns)
-            torch.mm(dy[:, part].t(), x, out=gradient)
+            torch.mm(dy[:, part].to(kind).t(), x, out=gradient)
             _accumulate(weight[part], gradient, scores[part], bad)
         return _finite(bad)
 
@@ -181,9 +185,9 @@ class LayerScores:
         self._used += weight.numel()
         return taken.zero_().view(weight.shape)
 
-    def _block_for(self, elements: int, like: torch.Tensor) -> torch.Tensor:
-        if self._block.numel() < elements or self._block.dtype != like.dtype:
-            self._block = torch.empty(elements, dtype=like.dtype, device=like.device)
+    def _block_for(self, elements: int, like: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+        if self._block.numel() < elements or self._block.dtype != kind:
+            self._block = torch.empty(elements, dtype=kind, device=like.device)
         return self._block
 
 

@@ -8,7 +8,7 @@ whole layer do not fit in memory, to scratch files from which one matrix at a ti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,8 +39,8 @@ class Captures:
         self._calls: Counter[str] = Counter()
         self._weights: Mapping[str, torch.Tensor] = {}
         self._seen: dict[str, torch.Tensor] = {}
-        self._number = 0
-        self.finite: bool | torch.Tensor = True
+        self._numbers: Sequence[int] = ()
+        self.finite: dict[int, bool | torch.Tensor] = {}  #: by seed of the batch
         self.uncalled: str | None = None
 
     def __enter__(self) -> Captures:
@@ -53,14 +53,15 @@ class Captures:
         self._stack.close()
 
     @contextmanager
-    def seed(self, number: int, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """One forward and backward of seed ``number``."""
-        self._number, self._weights, self.finite = number, weights, True
+    def batch(self, numbers: Sequence[int], weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """One forward and backward of the seeds ``numbers``, the shorter ones padded."""
+        self._numbers, self._weights = numbers, weights
+        self.finite = dict.fromkeys(numbers, True)
         self._seen, self.uncalled = {}, None
         self._calls.clear()
         yield
         self.uncalled = next((name for name in self._linears if self._calls[name] != 1), None)
-        self._seen = {}
+        self._seen, self._numbers = {}, ()
 
     def replay(self, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """X and dY of each seed, read back from the scratch files."""
@@ -70,6 +71,8 @@ class Captures:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def forward(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if not self._numbers:  # the layer is run between batches
+                return
             self._calls[name] += 1
             self._seen[name] = args[0].detach()
             output.register_hook(lambda gradient: self._catch(name, gradient))
@@ -77,22 +80,31 @@ class Captures:
         return forward
 
     def _catch(self, name: str, gradient: torch.Tensor) -> None:
-        x, dy = self._seen[name].flatten(0, -2), gradient.detach().flatten(0, -2)
-        tokens = self._spool.lengths[self._number]
-        if (x.shape[0], dy.shape[0]) != (tokens, tokens):
+        xs, dys = self._apart(name, self._seen[name]), self._apart(name, gradient.detach())
+        if self._sink is None and name not in self._files:
+            inputs = self._shared_input(name, xs[0])
+            self._files[name] = (inputs, self._open(f"dy-{name}", dys[0]))
+        for number, x, dy in zip(self._numbers, xs, dys, strict=True):
+            if self._sink is not None:
+                self.finite[number] &= self._sink(name, self._weights[f"{name}.weight"], x, dy)
+                continue
+            inputs, upstream = self._files[name]
+            if name in self._owners:
+                inputs.write(number, x)
+            upstream.write(number, dy)
+
+    def _apart(self, name: str, batch: torch.Tensor) -> list[torch.Tensor]:
+        """The rows (n, width) of each seed, those of its padding left out."""
+        lengths = [self._spool.lengths[number] for number in self._numbers]
+        flat, rows = batch.flatten(0, -2), max(lengths)
+        if flat.shape[0] != rows * len(lengths):
             raise IncompatibleError(
-                f"{name}: expected one row a token, {tokens} in all, found {dy.shape[0]}",
+                f"{name}: expected one row a token, {rows * len(lengths)} in all, "
+                f"found {flat.shape[0]}",
                 "the layer-major sweep scores linear layers that see every token once",
             )
-        if self._sink is not None:
-            self.finite &= self._sink(name, self._weights[f"{name}.weight"], x, dy)
-            return
-        if name not in self._files:
-            self._files[name] = (self._shared_input(name, x), self._open(f"dy-{name}", dy))
-        inputs, upstream = self._files[name]
-        if name in self._owners:
-            inputs.write(self._number, x)
-        upstream.write(self._number, dy)
+        parts = zip(flat.split(rows), lengths, strict=True)
+        return [part[:length] for part, length in parts]
 
     def _shared_input(self, name: str, x: torch.Tensor) -> Scratch:
         """q, k and v are fed the same tensor: it is written once."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -29,8 +29,14 @@ from pkt.sweep.names import boundary, record_of, upstream_of
 from pkt.sweep.placement import Placement
 from pkt.sweep.roles import Notify, Observer, Source, Weights
 from pkt.sweep.skeleton import Skeleton
+from pkt.sweep.small import ApartError, SmallParameters
 from pkt.sweep.spool import Spool
 from pkt.sweep.taps import NoTap, Tap
+
+# Never, always, or as long as every seed is given the bits that it is given alone.
+Batched = Literal["never", "exact", "always"]
+Batch = tuple[int, ...]  # seeds by number
+Way = Literal["forward", "backward"]
 
 GATHER_TOKENS = 1024  # embedding rows copied at once
 
@@ -52,7 +58,7 @@ class LayerSteps:
     notify: Notify = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
     intact: Callable[[Mapping[str, Any]], bool] = lambda record: True  #: its side files are sound
-    batched: bool = False  #: forward, seeds of like length go through a layer together
+    batched: Batched = "never"  #: whether seeds of like length go through a layer together
     tap: Tap = field(default_factory=NoTap)  #: takes of the forward pass what sub-layers add
 
     def __post_init__(self) -> None:
@@ -60,7 +66,10 @@ class LayerSteps:
         self._records: list[dict[str, Any]] = []
         lengths = [len(seed.tokens) for seed in self.seeds]
         alone = [(number,) for number in range(len(lengths))]
-        self._together = batches(lengths) if self.batched else alone
+        self._together = alone if self.batched == "never" else batches(lengths)
+        # Ways and shapes of batches that were tried: split up since, or as each seed alone.
+        self._apart: set[tuple[Way, int, int]] = set()
+        self._exact: set[tuple[Way, int, int]] = set()
         self._remade: Counter[str] = Counter()  # files that this process has found damaged
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
@@ -94,18 +103,27 @@ class LayerSteps:
                 start = stop
             yield rows
 
-    @torch.no_grad()
     def _forward(self, index: int, weights: Weights) -> None:
+        self._unless_apart(lambda: self._forward_layer(index, weights))
+
+    @torch.no_grad()
+    def _forward_layer(self, index: int, weights: Weights) -> None:
         depth, at = len(self.skeleton.layers), index + 1
         synced = at % self.every == 0 or at == depth  # the others can be made from these
+
+        def through(numbers: Batch) -> list[torch.Tensor]:
+            rows = self._padded(boundary(index), numbers)
+            args, kwargs = self.calls.of(rows.shape[1], index)
+            length = len(self.seeds[numbers[0]].tokens)
+            if index == 0 and length < rows.shape[1]:
+                self._require_causal(weights, rows, length)
+            return [self._apply(index, weights, rows, args, kwargs)]
+
         with self.spool.writer(boundary(at), synced=synced) as out, self.tap.layer(index):
-            for numbers in self._together:
-                blocks = [self.spool.read(boundary(index), number) for number in numbers]
-                rows = pad_sequence(blocks, batch_first=True).to(self.device)
-                args, kwargs = self.calls.of(rows.shape[1], index)
-                if index == 0 and len(blocks[0]) < rows.shape[1]:
-                    self._require_causal(weights, rows, len(blocks[0]))
-                result = self._apply(index, weights, rows, args, kwargs)
+            for numbers in self._batches("forward"):
+                with self._sharing("forward", numbers):
+                    (result,) = through(numbers)
+                    self._require_exact("forward", numbers, [result], through)
                 for row, number in enumerate(numbers):
                     seed = self.seeds[number]
                     block = result[row, : len(seed.tokens)]
@@ -113,6 +131,58 @@ class LayerSteps:
                         raise self._bad_layer(index, weights, seed, "activation")
                     self.tap.take(number, row)
                     out.write(number, block)
+
+    def _padded(self, name: str, numbers: Batch) -> torch.Tensor:
+        """The blocks of some seeds (seeds, rows, D), zeros behind the shorter ones."""
+        blocks = [self.spool.read(name, number) for number in numbers]
+        return pad_sequence(blocks, batch_first=True).to(self.device)
+
+    def _batches(self, way: Way) -> Iterator[Batch]:
+        """The seeds that go through a layer together."""
+        for numbers in self._together:
+            apart = (way, *self._shape(numbers)) in self._apart
+            yield from ((number,) for number in numbers) if apart else (numbers,)
+
+    def _shape(self, numbers: Batch) -> tuple[int, int]:
+        return len(numbers), max(len(self.seeds[number].tokens) for number in numbers)
+
+    @contextmanager
+    def _sharing(self, way: Way, numbers: Batch) -> Iterator[None]:
+        """Work on a batch; if its seeds cannot share it, batches of this shape are split up."""
+        try:
+            yield
+        except ApartError:
+            self._apart.add((way, *self._shape(numbers)))
+            raise
+
+    def _unless_apart(self, work: Callable[[], None]) -> None:
+        """Do ``work`` on a layer, again from its beginning if a batch had to be split up."""
+        while True:
+            try:
+                return work()
+            except ApartError:
+                continue
+
+    def _require_exact(
+        self, way: Way, numbers: Batch, found: Sequence[torch.Tensor],
+        alone: Callable[[Batch], Sequence[torch.Tensor]],
+    ) -> None:  # fmt: skip
+        """Where batches must change no bit, the first of each shape is held against its first seed.
+
+        Which kernel a product takes hangs on its shape, so one layer tells for all.
+
+        Raises:
+            ApartError: a bit is another one.
+
+        """
+        key = (way, *self._shape(numbers))
+        if self.batched != "exact" or len(numbers) == 1 or key in self._exact:
+            return
+        length = len(self.seeds[numbers[0]].tokens)
+        pairs = zip(found, alone(numbers[:1]), strict=True)
+        if not all(torch.equal(whole[0, :length], one[0]) for whole, one in pairs):
+            raise ApartError
+        self._exact.add(key)
 
     def _require_causal(self, weights: Weights, rows: torch.Tensor, length: int) -> None:
         """Refuse a family in which what is behind a text changes its states."""
@@ -158,50 +228,75 @@ class LayerSteps:
         return loss, gradient
 
     def _backward(self, index: int, weights: Weights, observer: Observer | None) -> None:
-        """Recompute one layer per seed with gradients; hand them to the observer, if there is one.
+        """Recompute one layer with gradients; hand them to the observer, if there is one.
 
         Without, the layer has been scored before, and the gradients at its inputs are lacking.
         """
-        linears = self.skeleton.linears(index)
-        others = {
-            name: weights[name]
-            for name, _ in self.skeleton.layers[index].named_parameters()
-            if name.removesuffix(".weight") not in linears
-        }
-        sink = observer.linear if observer and self.whole_layer else None
-        captures = Captures(linears if observer else {}, self.spool, sink)
-        live = {**weights, **{n: w.detach().requires_grad_() for n, w in others.items()}}
-        if observer:
-            observer.begin_layer(index)
-        with captures, self.spool.writer(upstream_of(index)) as out:
-            for number, seed in enumerate(self.seeds):
-                hidden = self.spool.read(boundary(index), number).to(self.device)
-                upstream = self.spool.read(upstream_of(index + 1), number).to(self.device)
-                args, kwargs = self.calls.of(len(seed.tokens), index)
-                leaf = hidden.requires_grad_()
-                with captures.seed(number, weights):
-                    result = self._apply(index, live, leaf[None], args, kwargs)
-                    wanted = [leaf, *(live[name] for name in others)]
-                    gradients = torch.autograd.grad(
-                        result, wanted, upstream[None], allow_unused=True
-                    )
-                if uncalled := captures.uncalled:
-                    raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
-                finite = captures.finite
-                for name, gradient in zip(others, gradients[1:], strict=True):
-                    if observer and gradient is not None:
-                        finite &= observer.parameter(name, others[name], gradient)
-                if not finite:
-                    raise self._bad_layer(index, weights, seed, "gradient")
-                out.append(gradients[0])
-            if observer:
-                self._finish_matrices(index, weights, captures, observer)
+        self._unless_apart(lambda: self._backward_layer(index, weights, observer))
         if observer:
             record = observer.finish_layer(index)
             self.spool.put(record_of(index), record)
             self._records.insert(0, record)
             wait_for_all()  # one that was killed just before may have to begin this layer again
         self.spool.drop(upstream_of(index + 1))
+
+    def _backward_layer(self, index: int, weights: Weights, observer: Observer | None) -> None:
+        layer, linears = self.skeleton.layers[index], self.skeleton.linears(index)
+        others = {
+            name: weights[name]
+            for name, _ in layer.named_parameters()
+            if observer and name.removesuffix(".weight") not in linears
+        }
+        sink = observer.linear if observer and self.whole_layer else None
+        captures = Captures(linears if observer else {}, self.spool, sink)
+        small = SmallParameters(layer, linears)
+        if observer:
+            observer.begin_layer(index)
+
+        def through(numbers: Batch, wanted: Weights) -> list[torch.Tensor | None]:
+            """What the layer puts out, then gradients: of its inputs, and of ``wanted``."""
+            hidden = self._padded(boundary(index), numbers)
+            upstream = self._padded(upstream_of(index + 1), numbers)
+            args, kwargs = self.calls.of(hidden.shape[1], index)
+            leaf = hidden.requires_grad_()
+            live = {name: weight.detach().requires_grad_() for name, weight in wanted.items()}
+            result = self._apply(index, {**weights, **live}, leaf, args, kwargs)
+            inputs = [leaf, *live.values()]
+            made = torch.autograd.grad(result, inputs, upstream, allow_unused=True)
+            return [result.detach(), *made]
+
+        def alone(numbers: Batch) -> list[torch.Tensor]:
+            return [each for each in through(numbers, {}) if each is not None]
+
+        with captures, self.spool.writer(upstream_of(index)) as out:
+            for numbers in self._batches("backward"):
+                lengths = [len(self.seeds[number].tokens) for number in numbers]
+                several = len(numbers) > 1
+                with self._sharing("backward", numbers):
+                    noted = small.batch() if several and observer else nullcontext()
+                    with captures.batch(numbers, weights), noted:
+                        result, gradient, *made = through(numbers, {} if several else others)
+                    assert result is not None
+                    assert gradient is not None
+                    self._require_exact("backward", numbers, [result, gradient], alone)
+                    each = (
+                        [small.gradients(row, lengths, others) for row in range(len(numbers))]
+                        if several and observer
+                        else [dict(zip(others, made, strict=True))]
+                    )
+                if uncalled := captures.uncalled:
+                    raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
+                for row, number in enumerate(numbers):
+                    finite = captures.finite[number]
+                    if observer:
+                        for name, its in each[row].items():
+                            if its is not None:
+                                finite &= observer.parameter(name, others[name], its)
+                    if not finite:
+                        raise self._bad_layer(index, weights, self.seeds[number], "gradient")
+                    out.write(number, gradient[row, : lengths[row]])
+            if observer:
+                self._finish_matrices(index, weights, captures, observer)
 
     def _finish_matrices(
         self, index: int, weights: Weights, captures: Captures, observer: Observer

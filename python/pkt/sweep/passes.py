@@ -21,6 +21,7 @@ from pkt.checkpoint import Piece
 from pkt.errors import OutputError
 from pkt.host import release_free_memory
 from pkt.processes import largest
+from pkt.products import bfloat16_products
 from pkt.schedule import Step, forward_schedule, schedule
 from pkt.sweep.ends import Accumulate, column_scores
 from pkt.sweep.layers import LayerSteps
@@ -96,7 +97,8 @@ class Sweep(LayerSteps):
     def _undamaged(self, work: Callable[[], None]) -> bool:
         """Do ``work``; false if it met a damaged file, which is dropped: it is made again."""
         try:
-            work()
+            with bfloat16_products(self.device, self.spool.dtype):
+                work()
         except DamagedError as damage:
             if self._remade[damage.name] == MOST_REMADE:
                 raise OutputError(

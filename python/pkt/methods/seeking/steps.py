@@ -151,6 +151,7 @@ def score(
         notify=notify,
         seconds=seconds,
         intact=intact,
+        batched="never" if task.teacher.small else "exact",
     )
     losses, records = sweep.run(observer)
     del observer, memory  # the scores' memory makes room for the head

@@ -75,7 +75,7 @@ def sweep_states(
         source=source,
         device=place,
         whole_layer=False,
-        batched=True,
+        batched="always",
         chunk_rows=max(1, (source.slot_bytes - PAGE) // row_bytes),
         every=model.layers + 1,
         notify=notify,

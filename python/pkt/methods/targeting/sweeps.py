@@ -66,7 +66,7 @@ class Sweeps:
 
     def sweep(self, texts: Sequence[Sample], spool: Spool, notify: Notify | None = None) -> Sweep:
         """One that goes forward; ``notify``: told instead."""
-        return Sweep(**self._parts(texts, spool, notify), batched=True)
+        return Sweep(**self._parts(texts, spool, notify), batched="always")
 
     def attribution(self, texts: Sequence[Sample], records: Path) -> AttributionSweep:
         """One that attributes the loss to layers."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from pkt.methods.tuning.record import manifest, run_record, similarity
 from pkt.methods.tuning.task import DTYPES, Config, Online, Task, Taught
 from pkt.output import MANIFEST, as_json, as_jsonl, publish, run_folder
 from pkt.processes import is_first, share, sum_over_processes, wait_for_all
+from pkt.products import bfloat16_products
 from pkt.records import Sample, Tuning
 from pkt.report import write_curves
 from pkt.training import StepZero, compare_logits, first_logits, fit, inject
@@ -95,6 +96,7 @@ def run(
     small = task.student.hidden_size < SMALL_WIDTH
     with (
         peak.running(),
+        _multiplying(task, place),
         one_thread(small),
         _shared_folder(folder, identity, overwrite, task.processes) as work,
     ):
@@ -136,6 +138,13 @@ def run(
         publish(folder, staged, texts)
         wait_for_all()
     return Tuning(folder, found, record, trained.metrics)
+
+
+def _multiplying(task: Task, device: torch.device) -> AbstractContextManager[object]:
+    """How the student multiplies, and the teacher where it stays in memory."""
+    config = task.config
+    mixed = [torch.bfloat16] if config.schedule.autocast or task.online else []
+    return bfloat16_products(device, DTYPES[config.dtype], *mixed)
 
 
 def _told(notify: Notify, stop: Callable[[], bool], phase: str, done: int, total: int) -> None:
