@@ -63,11 +63,13 @@ class Captures:
         self.uncalled = next((name for name in self._linears if self._calls[name] != 1), None)
         self._seen, self._numbers = {}, ()
 
-    def replay(self, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """X and dY of each seed, read back from the scratch files."""
+    def replay(
+        self, module: str, order: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Each seed with its X and dY, read back from the scratch files."""
         inputs, upstream = self._files[module]
-        for number in range(len(self._spool.lengths)):
-            yield inputs.read(number), upstream.read(number)
+        for number in order:
+            yield number, inputs.read(number), upstream.read(number)
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def forward(module: nn.Module, args: Any, output: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from pkt.processes import require_all, wait_for_all
 from pkt.records import Sample
 from pkt.sweep.calls import Calls
 from pkt.sweep.capture import Captures
-from pkt.sweep.names import boundary, record_of, upstream_of
+from pkt.sweep.names import TRIED, boundary, record_of, upstream_of
 from pkt.sweep.placement import Placement
 from pkt.sweep.roles import Notify, Observer, Source, Weights
 from pkt.sweep.skeleton import Skeleton
@@ -37,6 +37,7 @@ from pkt.sweep.taps import NoTap, Tap
 Batched = Literal["never", "exact", "always"]
 Batch = tuple[int, ...]  # seeds by number
 Way = Literal["forward", "backward"]
+Shape = tuple[Any, ...]  # way, seeds and rows of a batch
 
 GATHER_TOKENS = 1024  # embedding rows copied at once
 
@@ -65,11 +66,16 @@ class LayerSteps:
         """Read the small parameters outside the layers: every phase needs them."""
         self._records: list[dict[str, Any]] = []
         lengths = [len(seed.tokens) for seed in self.seeds]
-        alone = [(number,) for number in range(len(lengths))]
-        self._together = alone if self.batched == "never" else batches(lengths)
-        # Ways and shapes of batches that were tried: split up since, or as each seed alone.
-        self._apart: set[tuple[Way, int, int]] = set()
-        self._exact: set[tuple[Way, int, int]] = set()
+        together = batches(lengths)
+        self._order = [number for numbers in together for number in numbers]
+        alone = [(number,) for number in self._order]  # sums of scores have the same order
+        self._together = alone if self.batched == "never" else together
+        # Ways and shapes of batches that were tried, by this process or by one that was killed:
+        # split up since, or as each seed alone. Tangled: small parameters need autograd itself.
+        tried = self.spool.get(TRIED) or {"apart": [], "exact": [], "tangled": False}
+        self._apart: set[Shape] = {tuple(shape) for shape in tried["apart"]}
+        self._exact: set[Shape] = {tuple(shape) for shape in tried["exact"]}
+        self._tangled = bool(tried["tangled"])
         self._remade: Counter[str] = Counter()  # files that this process has found damaged
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
@@ -141,6 +147,7 @@ class LayerSteps:
         """The seeds that go through a layer together."""
         for numbers in self._together:
             apart = (way, *self._shape(numbers)) in self._apart
+            apart |= way == "backward" and self._tangled
             yield from ((number,) for number in numbers) if apart else (numbers,)
 
     def _shape(self, numbers: Batch) -> tuple[int, int]:
@@ -152,7 +159,9 @@ class LayerSteps:
         try:
             yield
         except ApartError:
+            self._tangled |= len(numbers) == 1
             self._apart.add((way, *self._shape(numbers)))
+            self._keep_tried()
             raise
 
     def _unless_apart(self, work: Callable[[], None]) -> None:
@@ -167,9 +176,10 @@ class LayerSteps:
         self, way: Way, numbers: Batch, found: Sequence[torch.Tensor],
         alone: Callable[[Batch], Sequence[torch.Tensor]],
     ) -> None:  # fmt: skip
-        """Where batches must change no bit, the first of each shape is held against its first seed.
+        """Where batches must change no bit, one of each shape is held against its seeds alone.
 
-        Which kernel a product takes hangs on its shape, so one layer tells for all.
+        Which kernel a product takes hangs on its shape, so the first layer tells for all, and of
+        seeds of one length the first, with the last of the batch, tells for the others.
 
         Raises:
             ApartError: a bit is another one.
@@ -178,11 +188,18 @@ class LayerSteps:
         key = (way, *self._shape(numbers))
         if self.batched != "exact" or len(numbers) == 1 or key in self._exact:
             return
-        length = len(self.seeds[numbers[0]].tokens)
-        pairs = zip(found, alone(numbers[:1]), strict=True)
-        if not all(torch.equal(whole[0, :length], one[0]) for whole, one in pairs):
-            raise ApartError
+        lengths = [len(self.seeds[number].tokens) for number in numbers]
+        for row in {*map(lengths.index, lengths), len(numbers) - 1}:
+            pairs = zip(found, alone((numbers[row],)), strict=True)
+            if not all(torch.equal(whole[row, : lengths[row]], one[0]) for whole, one in pairs):
+                raise ApartError
         self._exact.add(key)
+        self._keep_tried()
+
+    def _keep_tried(self) -> None:
+        """What was tried stays so when another process continues: a rounding may hide at times."""
+        tried = {"apart": sorted(self._apart), "exact": sorted(self._exact)}
+        self.spool.put(TRIED, {**tried, "tangled": self._tangled})
 
     def _require_causal(self, weights: Weights, rows: torch.Tensor, length: int) -> None:
         """Refuse a family in which what is behind a text changes its states."""
@@ -249,7 +266,7 @@ class LayerSteps:
         }
         sink = observer.linear if observer and self.whole_layer else None
         captures = Captures(linears if observer else {}, self.spool, sink)
-        small = SmallParameters(layer, linears)
+        small = SmallParameters(layer, linears) if observer and not self._tangled else None
         if observer:
             observer.begin_layer(index)
 
@@ -271,17 +288,16 @@ class LayerSteps:
         with captures, self.spool.writer(upstream_of(index)) as out:
             for numbers in self._batches("backward"):
                 lengths = [len(self.seeds[number].tokens) for number in numbers]
-                several = len(numbers) > 1
                 with self._sharing("backward", numbers):
-                    noted = small.batch() if several and observer else nullcontext()
+                    noted = small.batch() if small else nullcontext()
                     with captures.batch(numbers, weights), noted:
-                        result, gradient, *made = through(numbers, {} if several else others)
+                        result, gradient, *made = through(numbers, {} if small else others)
                     assert result is not None
                     assert gradient is not None
                     self._require_exact("backward", numbers, [result, gradient], alone)
-                    each = (
+                    each: list[Mapping[str, torch.Tensor | None]] = (
                         [small.gradients(row, lengths, others) for row in range(len(numbers))]
-                        if several and observer
+                        if small
                         else [dict(zip(others, made, strict=True))]
                     )
                 if uncalled := captures.uncalled:
@@ -304,10 +320,10 @@ class LayerSteps:
         for module in self.skeleton.linears(index):
             weight = weights[f"{module}.weight"]
             if not self.whole_layer:
-                for seed, (x, dy) in zip(self.seeds, captures.replay(module), strict=True):
+                for number, x, dy in captures.replay(module, self._order):
                     inputs, upstream = x.to(self.device), dy.to(self.device)
                     if not observer.linear(module, weight, inputs, upstream):
-                        raise self._bad_layer(index, weights, seed, "gradient")
+                        raise self._bad_layer(index, weights, self.seeds[number], "gradient")
             observer.finish_matrix(index, module, weight)
 
     def _apply(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TRIED = "together"  # which batches of seeds were tried, and how they did
+
 
 def boundary(index: int) -> str:
     """Name of the spool file with the inputs of layer ``index``; the last one's are outputs."""

@@ -3,7 +3,8 @@
 Autograd adds what the seeds of a batch give a parameter; |θ · ∂L/∂θ| wants them apart. Of a linear
 bias the gradient is the sum of dY over a seed's tokens. Any other parameter belongs to a module
 that maps one tensor to one, token by token: its input and upstream gradient are noted, and it alone
-is run once more for each seed. A family that does otherwise has its seeds swept one by one.
+is run once more for each seed. In a family that does otherwise seeds are swept one by one, by
+autograd alone.
 """
 
 from __future__ import annotations
@@ -100,11 +101,12 @@ class SmallParameters:
 
 
 def _of_seed(noted: torch.Tensor, row: int, lengths: Sequence[int]) -> torch.Tensor:
-    """One seed's part (1, n, …) of (seeds, rows, …) or (seeds · rows, …)."""
-    rows = max(lengths)
-    if noted.shape[0] == len(lengths) * rows:
-        noted = noted.unflatten(0, (len(lengths), rows))
+    """One seed's part of (seeds, rows, …), (seeds · rows, …) or (seeds, heads, rows, …)."""
+    count, rows = len(lengths), max(lengths)
+    if noted.shape[0] == count * rows:
+        noted = noted.unflatten(0, (count, rows))
+    along = [axis for axis in range(1, noted.ndim - 1) if noted.shape[axis] == rows]
     padded = len(set(lengths)) > 1
-    if noted.shape[:2] != (len(lengths), rows) or (padded and rows in noted.shape[2:-1]):
+    if noted.shape[0] != count or not along or (padded and len(along) > 1):
         raise ApartError
-    return noted[row : row + 1, : lengths[row]]
+    return noted[row : row + 1].narrow(along[0], 0, lengths[row])
