@@ -14,7 +14,7 @@ from pkt.cli import options
 from pkt.cli.environment import alias_file, aliases
 from pkt.cli.tables import aligned
 from pkt.config import format_bytes
-from pkt.host import describe, memory_limit
+from pkt.host import describe, memory_limit, multiplies_bfloat16
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 _VECTORS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
@@ -32,6 +32,7 @@ def env(as_json: bool) -> None:
         "cuda": _cuda(),
         "host": describe(),
         "features": _features(),
+        "bfloat16_products": "bfloat16" if multiplies_bfloat16() else "float32",
         "memory_limit_bytes": limit,
         "memory_limit_source": source,
         "alias_file": str(path),
@@ -51,6 +52,7 @@ def _text(found: dict[str, Any]) -> str:
         ("cuda", found["cuda"] or "none"),
         ("processor", f"{host['processor']}, {host['cores']} cores"),
         ("features", " ".join(found["features"]) or "none known"),
+        ("bfloat16", f"multiplied in {found['bfloat16_products']}"),
         ("system", host["system"]),
         ("memory", format_bytes(host["memory_bytes"])),
         ("limit", f"{format_bytes(found['memory_limit_bytes'])}, {found['memory_limit_source']}"),

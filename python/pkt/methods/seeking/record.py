@@ -9,7 +9,8 @@ import torch
 
 from pkt.host import Costs, PeakMeter, describe
 from pkt.methods.seeking.steps import Scores, Start
-from pkt.methods.seeking.task import Task
+from pkt.methods.seeking.task import DTYPES, Task
+from pkt.products import multiplied_in
 from pkt.records import Reading, Window
 from pkt.sensitivity import scorer
 from pkt.stream import CheckpointSource
@@ -40,7 +41,7 @@ def run_record(
     task: Task, source: CheckpointSource, reading: Reading, costs: Costs, peak: PeakMeter
 ) -> dict[str, Any]:
     """`pkt_run.json`: what this process did and what it cost."""
-    counts = source.counts()
+    counts, dtype = source.counts(), DTYPES[task.config.dtype]
     read = counts["bytes"] + counts["bytes_out_of_turn"]
     seconds = counts.get("read_seconds", 0.0)
     return {
@@ -60,6 +61,7 @@ def run_record(
         "slots": task.plan.slots,
         "scores": task.plan.scores,
         "scorer": scorer(source.device),
+        "multiplied_in": str(multiplied_in(dtype, source.device)).removeprefix("torch."),
         "spool_every": task.plan.spool_every,
         "processes": task.processes,
         "threads": torch.get_num_threads(),
