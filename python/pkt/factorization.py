@@ -101,7 +101,7 @@ def _block_krylov(
     The basis grows by blocks of orthonormal rows Q; the eigenvectors of QWWᵀQᵀ are the best
     approximations within it (Rayleigh-Ritz). The products qWWᵀ of a new block are both the next
     rows of that matrix (their part within the basis) and all of its residual (their part
-    outside), so a look at the triplets costs no product.
+    outside), so a look at the triplets costs no product but the last.
 
     Args:
         ahead: x ↦ xW for rows x.
@@ -128,13 +128,21 @@ def _block_krylov(
             continue
         values, vectors = torch.linalg.eigh(gram)
         sigma, top = values[-rank:].flip(0).clamp_min(0).sqrt(), vectors[:, -rank:].flip(1)
-        residual = (outside.T @ top[-block:].float()).norm(dim=0) / sigma
-        largest = float((residual / (sigma + NOISE / TOLERANCE * sigma[0])).max())
-        if full or largest <= TOLERANCE:
+        largest = _share((outside.T @ top[-block:].float()).norm(dim=0) / sigma, sigma)
+        if full or largest <= TOLERANCE:  # then the true one: rounding may have lost some
             u = torch.linalg.qr((basis.all().T @ top.float()).double())[0]
             v, sigma, turn = torch.linalg.svd(ahead(u.float().T).double().T, full_matrices=False)
-            return u @ turn.T, sigma * (sigma > NOISE * sigma[0]), v.T
+            u = u @ turn.T
+            largest = _share((back(v.float().T).double().T - u * sigma).norm(dim=0), sigma)
+            if full or largest <= TOLERANCE:
+                return u, sigma * (sigma > NOISE * sigma[0]), v.T
         look, seen = _next_look(basis.count, block, largest, seen), (basis.count, largest)
+
+
+def _share(residual: torch.Tensor, sigma: torch.Tensor) -> float:
+    """The largest residual relative to its σ > 0, less strictly where float32 knows no better."""
+    rounding = torch.finfo(torch.float32).eps / TOLERANCE * sigma[0]
+    return float((residual / (sigma + rounding))[sigma > NOISE * sigma[0]].max())
 
 
 def _products(weight: torch.Tensor) -> tuple[Product, Product]:
@@ -177,16 +185,16 @@ class _Rows:
 
 
 def _next_look(width: int, block: int, residual: float, before: tuple[int, float] | None) -> int:
-    """The width of the basis at which to look again: half way to where it should be enough.
+    """The width of the basis at which to look again: a third of the way to where it is enough.
 
-    That is where a straight line through the logarithms of the last two residuals comes down to
-    `TOLERANCE`, and at most half more than there is: early residuals fall slowly, late ones fast.
+    Enough is where a straight line through the logarithms of the last two residuals comes down to
+    `TOLERANCE`, which is too far: early residuals fall slowly, late ones fast. At most half more.
     """
     most = width + width // 2
     if before is None or not residual < before[1]:
         return most
     steps = math.log(residual / TOLERANCE) / math.log(before[1] / residual)
-    return min(max(width + int(steps * (width - before[0]) / 2), width + block), most)
+    return min(max(width + int(steps * (width - before[0]) / 3), width + block), most)
 
 
 def _orthonormal(
@@ -194,21 +202,22 @@ def _orthonormal(
 ) -> torch.Tensor:
     """The rows ``outside``, what of ``found`` lies outside the span of ``basis``, orthonormal.
 
-    Where little is left of a row, rounding errors are a large part of it: the result is then
-    projected out and made orthonormal again. Rows in the span of others (a rank-deficient matrix
-    has no more) are replaced by random ones: what they find is the null space, with σ = 0.
+    Rows that lie in the span already (a rank-deficient matrix has no others left) are replaced
+    by random ones: what they find is then the null space, with σ = 0. Once more against the basis
+    is enough, unless the rows are nearly dependent: then rounding is a large part of some.
     """
-    q, r = torch.linalg.qr(outside.T)
-    before = found.norm(dim=1).max()
-    for _ in range(4):
-        left = r.diagonal().abs()
-        if bool(left.min() > 0.1 * before):
-            break
-        drawn = torch.randn(q.shape, generator=generator).to(q.device)
-        q = torch.where(left > NOISE * before, q, drawn)
-        before = q.norm(dim=0).max()
-        q, r = torch.linalg.qr(q - basis.T @ (basis @ q))
-    return q.T
+    spent = outside.norm(dim=1) <= 1e-4 * found.norm(dim=1).max()
+    rows = outside
+    if bool(spent.any()):
+        rows = outside.clone()
+        drawn = torch.randn(int(spent.sum()), rows.shape[1], generator=generator)
+        rows[spent] = drawn.to(rows.device)
+    q, r = torch.linalg.qr(rows.T)
+    left = r.diagonal().abs()
+    for _ in range(1 if bool(left.min() > 0.1 * left.max()) else 3):
+        q, _ = torch.linalg.qr(q - basis.T @ (basis @ q))
+    made: torch.Tensor = q.T
+    return made
 
 
 def _factors(

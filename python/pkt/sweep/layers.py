@@ -37,7 +37,7 @@ from pkt.sweep.taps import NoTap, Tap
 Batched = Literal["never", "exact", "always"]
 Batch = tuple[int, ...]  # seeds by number
 Way = Literal["forward", "backward"]
-Shape = tuple[Any, ...]  # way, seeds and rows of a batch
+Shape = tuple[Any, ...]  # way, and lengths of a batch
 
 GATHER_TOKENS = 1024  # embedding rows copied at once
 
@@ -76,6 +76,7 @@ class LayerSteps:
         self._apart: set[Shape] = {tuple(shape) for shape in tried["apart"]}
         self._exact: set[Shape] = {tuple(shape) for shape in tried["exact"]}
         self._tangled = bool(tried["tangled"])
+        self._spoiled = False  # a batch of the layer at work must be split up
         self._remade: Counter[str] = Counter()  # files that this process has found damaged
         self.placement = Placement(self.skeleton, self.checkpoint, self.chunk_rows)
         self.outer = self.source.read(self.placement.outer())
@@ -109,11 +110,8 @@ class LayerSteps:
                 start = stop
             yield rows
 
-    def _forward(self, index: int, weights: Weights) -> None:
-        self._unless_apart(lambda: self._forward_layer(index, weights))
-
     @torch.no_grad()
-    def _forward_layer(self, index: int, weights: Weights) -> None:
+    def _forward(self, index: int, weights: Weights) -> None:
         depth, at = len(self.skeleton.layers), index + 1
         synced = at % self.every == 0 or at == depth  # the others can be made from these
 
@@ -121,22 +119,25 @@ class LayerSteps:
             rows = self._padded(boundary(index), numbers)
             args, kwargs = self.calls.of(rows.shape[1], index)
             length = len(self.seeds[numbers[0]].tokens)
-            if index == 0 and length < rows.shape[1]:
+            if index == 0 and length < rows.shape[1] and self.batched == "always":
                 self._require_causal(weights, rows, length)
             return [self._apply(index, weights, rows, args, kwargs)]
 
-        with self.spool.writer(boundary(at), synced=synced) as out, self.tap.layer(index):
-            for numbers in self._batches("forward"):
-                with self._sharing("forward", numbers):
+        def work() -> None:
+            with self.spool.writer(boundary(at), synced=synced) as out, self.tap.layer(index):
+                for numbers in self._batches("forward"):
                     (result,) = through(numbers)
-                    self._require_exact("forward", numbers, [result], through)
-                for row, number in enumerate(numbers):
-                    seed = self.seeds[number]
-                    block = result[row, : len(seed.tokens)]
-                    if not bool(torch.isfinite(block).all()):
-                        raise self._bad_layer(index, weights, seed, "activation")
-                    self.tap.take(number, row)
-                    out.write(number, block)
+                    if not self._shared("forward", numbers, [result], through):
+                        continue
+                    for row, number in enumerate(numbers):
+                        seed = self.seeds[number]
+                        block = result[row, : len(seed.tokens)]
+                        if not bool(torch.isfinite(block).all()):
+                            raise self._bad_layer(index, weights, seed, "activation")
+                        self.tap.take(number, row)
+                        out.write(number, block)
+
+        self._unless_apart(work)
 
     def _padded(self, name: str, numbers: Batch) -> torch.Tensor:
         """The blocks of some seeds (seeds, rows, D), zeros behind the shorter ones."""
@@ -144,57 +145,59 @@ class LayerSteps:
         return pad_sequence(blocks, batch_first=True).to(self.device)
 
     def _batches(self, way: Way) -> Iterator[Batch]:
-        """The seeds that go through a layer together."""
+        """The seeds that go through a layer together.
+
+        Raises:
+            ApartError: in the end, if some of them could not: the layer is to be begun again.
+
+        """
+        self._spoiled = False
         for numbers in self._together:
-            apart = (way, *self._shape(numbers)) in self._apart
+            apart = self._shape(way, numbers) in self._apart
             apart |= way == "backward" and self._tangled
             yield from ((number,) for number in numbers) if apart else (numbers,)
+        if self._spoiled:
+            raise ApartError
 
-    def _shape(self, numbers: Batch) -> tuple[int, int]:
-        return len(numbers), max(len(self.seeds[number].tokens) for number in numbers)
-
-    @contextmanager
-    def _sharing(self, way: Way, numbers: Batch) -> Iterator[None]:
-        """Work on a batch; if its seeds cannot share it, batches of this shape are split up."""
-        try:
-            yield
-        except ApartError:
-            self._tangled |= len(numbers) == 1
-            self._apart.add((way, *self._shape(numbers)))
-            self._keep_tried()
-            raise
+    def _shape(self, way: Way, numbers: Batch) -> Shape:
+        return way, *(len(self.seeds[number].tokens) for number in numbers)
 
     def _unless_apart(self, work: Callable[[], None]) -> None:
-        """Do ``work`` on a layer, again from its beginning if a batch had to be split up."""
+        """Do ``work`` on a layer, again from its beginning if batches had to be split up."""
         while True:
             try:
                 return work()
             except ApartError:
-                continue
+                self._keep_tried()
 
-    def _require_exact(
+    def _shared(
         self, way: Way, numbers: Batch, found: Sequence[torch.Tensor],
         alone: Callable[[Batch], Sequence[torch.Tensor]],
-    ) -> None:  # fmt: skip
-        """Where batches must change no bit, one of each shape is held against its seeds alone.
+    ) -> bool:  # fmt: skip
+        """Whether seeds that shared a call may do so; if not, their batch is split up henceforth.
 
-        Which kernel a product takes hangs on its shape, so the first layer tells for all, and of
-        seeds of one length the first, with the last of the batch, tells for the others.
-
-        Raises:
-            ApartError: a bit is another one.
-
+        Where batches must change no bit, the first one of each shape is held against its seeds
+        alone. Which kernel a product takes hangs on its shape, so the first layer tells for all,
+        and of seeds of one length the first, with the last of the batch, tells for the others.
         """
-        key = (way, *self._shape(numbers))
-        if self.batched != "exact" or len(numbers) == 1 or key in self._exact:
-            return
-        lengths = [len(self.seeds[number].tokens) for number in numbers]
+        shape = self._shape(way, numbers)
+        if self.batched != "exact" or len(numbers) == 1 or shape in self._exact:
+            return True
+        lengths = shape[1:]
         for row in {*map(lengths.index, lengths), len(numbers) - 1}:
             pairs = zip(found, alone((numbers[row],)), strict=True)
             if not all(torch.equal(whole[row, : lengths[row]], one[0]) for whole, one in pairs):
-                raise ApartError
-        self._exact.add(key)
+                self._split(way, numbers)
+                return False
+        self._exact.add(shape)
         self._keep_tried()
+        return True
+
+    def _split(self, way: Way, numbers: Batch) -> None:
+        """Take the seeds of such a batch one by one; where they are so already, by autograd."""
+        self._tangled |= len(numbers) == 1
+        self._apart.add(self._shape(way, numbers))
+        self._spoiled = True
 
     def _keep_tried(self) -> None:
         """What was tried stays so when another process continues: a rounding may hide at times."""
@@ -288,18 +291,22 @@ class LayerSteps:
         with captures, self.spool.writer(upstream_of(index)) as out:
             for numbers in self._batches("backward"):
                 lengths = [len(self.seeds[number].tokens) for number in numbers]
-                with self._sharing("backward", numbers):
-                    noted = small.batch() if small else nullcontext()
+                noted = small.batch() if small else nullcontext()
+                try:
                     with captures.batch(numbers, weights), noted:
                         result, gradient, *made = through(numbers, {} if small else others)
-                    assert result is not None
-                    assert gradient is not None
-                    self._require_exact("backward", numbers, [result, gradient], alone)
                     each: list[Mapping[str, torch.Tensor | None]] = (
                         [small.gradients(row, lengths, others) for row in range(len(numbers))]
                         if small
                         else [dict(zip(others, made, strict=True))]
                     )
+                except ApartError:
+                    self._split("backward", numbers)
+                    continue
+                assert result is not None
+                assert gradient is not None
+                if not self._shared("backward", numbers, [result, gradient], alone):
+                    continue
                 if uncalled := captures.uncalled:
                     raise self.skeleton.tape.refusal(f"does not call {uncalled} once in a layer")
                 for row, number in enumerate(numbers):
