@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from pkt.host import describe
+from pkt.host import describe, multiplies_bfloat16
 
 FOLDER = Path(__file__).resolve().parents[1] / "record"
 
 
 def machine() -> str:
     host = describe()
-    return f"{host['processor']}, {host['cores']} cores, {int(host['memory_bytes']) >> 30} GiB"
+    widened = "" if multiplies_bfloat16() else ", bfloat16 multiplied in float32"
+    memory = int(host["memory_bytes"]) >> 30
+    return f"{host['processor']}, {host['cores']} cores, {memory} GiB{widened}"
 
 
 def long_seeds(path: Path, count: int) -> Path:

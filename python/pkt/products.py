@@ -57,13 +57,14 @@ class Widened(TorchDispatchMode):
     ) -> Any:
         """Called by torch for every operation."""
         kwargs = kwargs or {}
-        if func in _COMPOSITE and _is_ours(args[0]):
-            with self:
-                return func.decompose(*args, **kwargs)
         handler = _HANDLERS.get(func)
-        if handler is None or not _is_ours(args[0]):
+        if handler is None or not args or not _is_ours(args[0]):
             return func(*args, **kwargs)
         return handler(self, func, *args, **kwargs)
+
+    def _decomposed(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return func.decompose(*args, **kwargs)
 
     def _mm(self, func: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         out = a.new_empty(a.shape[0], b.shape[1])
@@ -138,11 +139,6 @@ def _widened(args: Sequence[Any]) -> list[Any]:
     return [a.float() if isinstance(a, torch.Tensor) and _is_ours(a) else a for a in args]
 
 
-_COMPOSITE = {  # these come whole in inference mode, else as what they are made of
-    _aten.linear.default,
-    _aten.matmul.default,
-    _aten.scaled_dot_product_attention.default,
-}
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: Widened._mm,
     _aten.addmm.default: Widened._addmm,
@@ -152,4 +148,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.dot.default: Widened._small,
     _Attention[0]: Widened._attention,
     _Attention[1]: Widened._attention,
+    # These come whole in inference mode, else as what they are made of.
+    _aten.linear.default: Widened._decomposed,
+    _aten.matmul.default: Widened._decomposed,
+    _aten.scaled_dot_product_attention.default: Widened._decomposed,
 }

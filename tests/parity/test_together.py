@@ -29,6 +29,7 @@ class Watched(Sweep):
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**{**parts, "batched": self.how})
+        self.inherited = self._apart | self._exact
         type(self).seen.append(self)
 
 
@@ -50,10 +51,13 @@ def seeds_alike(folder: Path) -> Path:
     return path
 
 
-def extracted(folder: Path, teacher: Path, student: Path, out: str, **options: Any) -> Any:
+def extracted(
+    folder: Path, teacher: Path, student: Path, out: str, notify: Any = lambda *told: None,
+    **options: Any,
+) -> Any:  # fmt: skip
     seeds = seeds_alike(folder)
     task = prepare(str(teacher), str(student), seeds, rank=RANK, **options)
-    return task, execute(task, folder / out)
+    return task, execute(task, folder / out, notify=notify)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -98,6 +102,24 @@ def test_batches_that_must_be_exact_change_no_byte(
     together.how = "always"
     extracted(tmp_path, teacher, student, "always", dtype=dtype)
     assert runs.contents(tmp_path / "always") != kept  # the law can fail
+
+
+def test_what_was_tried_outlives_the_process(together: type[Watched], tmp_path: Path) -> None:
+    teacher, student = build_pair(tmp_path, "llama", "llama")
+    together.how = "exact"
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if (phase, done) == ("backward", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extracted(tmp_path, teacher, student, "out", stop, dtype="float32")
+    extracted(tmp_path, teacher, student, "out", dtype="float32")
+    first, second = together.seen
+    tried = first._apart | first._exact
+    assert {way for way, *_ in tried} == {"forward", "backward"}
+    assert not first.inherited
+    assert second.inherited == tried == second._apart | second._exact
 
 
 def test_a_module_that_is_no_map_of_one_tensor_has_its_seeds_apart(
