@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from pkt.config import LOGIT_ELEMENTS
+from pkt.products import bfloat16_products
 from pkt.sublayers import SubLayer
 from pkt.sweep.passes import Sweep
 
@@ -29,6 +30,7 @@ class ResidentSweep(Sweep):
         """
         depth = len(self.skeleton.layers)
         self._held = []
+        self._multiplying = bfloat16_products(self.device, self.spool.dtype)
         for layer in range(depth):
             self._held.append(self.source.read(self.placement.layer(layer)))
             self.notify("load", layer + 1, depth)
@@ -72,7 +74,7 @@ class ResidentSweep(Sweep):
 
         """
         depth, found = len(self.skeleton.layers), {}
-        with _exact(self.device):
+        with self._as_streamed():
             hidden = self._entered(number)
             if which is None and 0 in sources:
                 found[0] = hidden[0][positions]
@@ -95,18 +97,24 @@ class ResidentSweep(Sweep):
 
         """
         step = max(1, LOGIT_ELEMENTS // self._weight.shape[0])
-        with _exact(self.device):
+        with self._as_streamed():
             if not self._tried["head"]:
                 self.check_head(last, self._weight)
                 self._tried["head"] = True
         for part in last.split(step):
-            with _exact(self.device):
+            with self._as_streamed():
                 logits = self.skeleton.logits(part, self._weight, self.outer).float()
                 if not bool(logits.isfinite().all()):
                     pieces = {"head": self.placement.head, **self.placement.outer()}
                     weights = {"head": self._weight, **self.outer}
                     raise self.not_finite(pieces, weights, self.seeds[number], "logits")
             yield logits
+
+    @contextmanager
+    def _as_streamed(self) -> Iterator[None]:
+        """Without gradients, and in the teacher's own type whatever the student is trained in."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._multiplying:
+            yield
 
     def _entered(self, number: int) -> torch.Tensor:
         """The input of the first layer, (1, T, D)."""
@@ -130,10 +138,3 @@ class ResidentSweep(Sweep):
         if not bool(result.isfinite().all()):
             raise self._bad_layer(index, weights, self.seeds[number], "activation")
         return result
-
-
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """Without gradients, and in the teacher's own type whatever the student is trained in."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -141,9 +141,9 @@ def run(
 
 
 def _multiplying(task: Task, device: torch.device) -> AbstractContextManager[object]:
-    """How the student multiplies, and the teacher where it stays in memory."""
+    """How the student multiplies."""
     config = task.config
-    mixed = [torch.bfloat16] if config.schedule.autocast or task.online else []
+    mixed = [torch.bfloat16] if config.schedule.autocast else []
     return bfloat16_products(device, DTYPES[config.dtype], *mixed)
 
 
