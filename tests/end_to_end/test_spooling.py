@@ -409,7 +409,15 @@ except pkt.errors.PktError as error:
 
 @pytest.mark.skipif(not own_mounts(), reason="no mount of its own for a process here")
 @pytest.mark.parametrize("place", ["out", "scratch"])
-@pytest.mark.parametrize("step", [["forward", 2], ["head", 3], ["backward", 2], ["again", 1]])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(["forward", 2], marks=pytest.mark.slow),
+        pytest.param(["head", 3], marks=pytest.mark.slow),
+        ["backward", 2],
+        pytest.param(["again", 1], marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fills_up_and_then_has_room(
     step: list[Any], place: str, case: Case, tmp_path: Path
 ) -> None:
