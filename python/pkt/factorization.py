@@ -18,8 +18,6 @@ TOLERANCE = 3e-3  # of the residual ‖Wv − σu‖ / σ; σ itself is then rig
 NOISE = 1e-6  # of the largest σ: what float32 products leave where the matrix has no more rank
 FULL_BELOW = 384  # shorter sides this small are decomposed whole
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-
 
 def factorize(weight: torch.Tensor, rank: int, split: Split) -> Factors:
     """The best rank-r factors of ``weight``.
@@ -79,86 +77,71 @@ def leading_triplets(
     if min(weight.shape) <= FULL_BELOW or 4 * rank >= min(weight.shape):
         u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
         return u[:, :rank], sigma[:rank], vt[:rank]
+    if weight.shape[0] > weight.shape[1]:
+        v, sigma, ut = leading_triplets(weight.T, rank)
+        return ut.T, sigma, v.T
     single = weight.to(torch.float32, copy=True)
     low, high = torch.aminmax(single)
     scale = float(max(-low, high))  # squares of tiny weights would underflow
     if scale == 0.0:
         u, v = (torch.eye(n, rank, device=single.device).double() for n in single.shape)
         return u, u.new_zeros(rank), v.T
-    ahead, back = _products(single.div_(scale))
-    if weight.shape[0] > weight.shape[1]:
-        v, sigma, ut = _block_krylov(back, ahead, single.T, rank)
-        return ut.T, sigma * scale, v.T
-    u, sigma, vt = _block_krylov(ahead, back, single, rank)
+    u, sigma, vt = _block_krylov(single.div_(scale), rank)
     return u, sigma * scale, vt
 
 
 def _block_krylov(
-    ahead: Product, back: Product, like: torch.Tensor, rank: int
+    weight: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Triplets of a wide float32 matrix W (n, m), n ≤ m, from a Krylov basis of WWᵀ.
+    """Triplets of a wide float32 matrix (n, m), n ≤ m, from a Krylov basis of WWᵀ.
 
-    The basis grows by blocks of orthonormal rows Q; the eigenvectors of QWWᵀQᵀ are the best
-    approximations within it (Rayleigh-Ritz). The products qWWᵀ of a new block are both the next
-    rows of that matrix (their part within the basis) and all of its residual (their part
-    outside), so a look at the triplets costs no product but the last.
-
-    Args:
-        ahead: x ↦ xW for rows x.
-        back: x ↦ xWᵀ.
-        like: W's shape, type and device.
-        rank: how many; a block has more rows, so that no equal σ are missed.
-
+    The basis grows by blocks of orthonormal rows Q; its Gram matrix QW(QW)ᵀ gives the best
+    triplets within it (Rayleigh-Ritz). A look at them costs as much as several blocks, so the
+    next one waits until the residuals, which fall geometrically, should be small enough.
     """
-    size, length = like.shape
+    size = weight.shape[0]
     block, generator = rank + 8, torch.Generator().manual_seed(0)
-    start = torch.randn(block, length, generator=generator).to(like.device)
-    basis, gram = _Rows(size, like), like.new_empty(0, 0, dtype=torch.float64)
-    found = outside = back(start)
+    start = torch.randn(block, weight.shape[1], generator=generator).to(weight.device)
+    basis, image = _Rows(size, weight), _Rows(weight.shape[1], weight)  # (k, n) and (k, m)
+    onto_rows, onto_columns = _product(weight.T), _product(weight)
     look, seen = 4 * block, None
     while True:
-        basis.append(_orthonormal(found, outside, basis.all(), generator))
-        found = back(ahead(basis.last(block)))
-        inside = found @ basis.all().T
-        outside = found - inside @ basis.all()
-        gram = functional.pad(gram, (0, block, 0, block))
-        gram[-block:] = inside  # the lower triangle is enough
+        found = onto_columns(image.last(block) if basis.count else start)
+        fresh = _orthonormal(found, basis.all(), generator)
+        basis.append(fresh)
+        image.append(onto_rows(fresh))
         full = basis.count + block > size
         if basis.count < look and not full:
             continue
-        values, vectors = torch.linalg.eigh(gram)
-        sigma, top = values[-rank:].flip(0).clamp_min(0).sqrt(), vectors[:, -rank:].flip(1)
-        largest = _share((outside.T @ top[-block:].float()).norm(dim=0) / sigma, sigma)
-        if full or largest <= TOLERANCE:  # then the true one: rounding may have lost some
-            u = torch.linalg.qr((basis.all().T @ top.float()).double())[0]
-            v, sigma, turn = torch.linalg.svd(ahead(u.float().T).double().T, full_matrices=False)
-            u = u @ turn.T
-            largest = _share((back(v.float().T).double().T - u * sigma).norm(dim=0), sigma)
-            if full or largest <= TOLERANCE:
-                return u, sigma * (sigma > NOISE * sigma[0]), v.T
-        look, seen = _next_look(basis.count, block, largest, seen), (basis.count, largest)
+        values, vectors = torch.linalg.eigh((image.all() @ image.all().T).double())
+        sigma = values[-rank:].flip(0).clamp_min(0).sqrt()
+        known = sigma > NOISE * sigma[0]
+        top, shown = vectors[:, -rank:].flip(1), sigma[known]
+        u = (basis.all().T @ top[:, known].float()).double()
+        v = (image.all().T @ top[:, known].float()).double() / shown
+        residual = onto_columns(v.float().T).double().T - u * shown
+        largest = float((residual.norm(dim=0) / shown).max())
+        if full or largest <= TOLERANCE:
+            v = (image.all().double().T @ top[:, known]) / shown
+            return basis.all().double().T @ top, sigma * known, _completed(v, rank, generator).T
+        look, seen = _next_look(basis.count, largest, seen), (basis.count, largest)
 
 
-def _share(residual: torch.Tensor, sigma: torch.Tensor) -> float:
-    """The largest residual relative to its σ > 0, less strictly where float32 knows no better."""
-    rounding = torch.finfo(torch.float32).eps / TOLERANCE * sigma[0]
-    return float((residual / (sigma + rounding))[sigma > NOISE * sigma[0]].max())
+def _completed(v: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """``rank`` orthonormal columns, the first of them those of ``v``: the rest go with σ = 0."""
+    missing = rank - v.shape[1]
+    if not missing:
+        return v
+    drawn = torch.randn(v.shape[0], missing, generator=generator, dtype=v.dtype).to(v.device)
+    return torch.cat([v, torch.linalg.qr(torch.cat([v, drawn], dim=1))[0][:, v.shape[1] :]], dim=1)
 
 
-def _products(weight: torch.Tensor) -> tuple[Product, Product]:
-    """x ↦ xW and x ↦ xWᵀ for a few rows x.
-
-    By oneDNN where there is one, twice as fast as BLAS for so few.
-    """
+def _product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x ↦ xWᵀ for a few rows x: by oneDNN where there is one, twice as fast as BLAS for so few."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return lambda rows: rows @ weight, lambda rows: rows @ weight.T
+        return lambda rows: rows @ weight.T
     held = weight.to_mkldnn()
-    turned = held.transpose(0, 1)
-
-    def by(factor: torch.Tensor) -> Product:
-        return lambda rows: functional.linear(rows.contiguous().to_mkldnn(), factor).to_dense()
-
-    return by(turned), by(held)
+    return lambda rows: functional.linear(rows.contiguous().to_mkldnn(), held).to_dense()
 
 
 class _Rows:
@@ -184,39 +167,37 @@ class _Rows:
         self.count = needed
 
 
-def _next_look(width: int, block: int, residual: float, before: tuple[int, float] | None) -> int:
-    """The width of the basis at which to look again: a third of the way to where it is enough.
+def _next_look(width: int, residual: float, before: tuple[int, float] | None) -> int:
+    """The width of the basis at which the residual should have fallen to `TOLERANCE`.
 
-    Enough is where a straight line through the logarithms of the last two residuals comes down to
-    `TOLERANCE`, which is too far: early residuals fall slowly, late ones fast. At most half more.
+    A straight line through the logarithms of the last two, held between an eighth more and
+    half more than there is: early residuals fall slowly, late ones fast.
     """
-    most = width + width // 2
+    least, most = width + max(width // 8, 1), width + width // 2
     if before is None or not residual < before[1]:
         return most
     steps = math.log(residual / TOLERANCE) / math.log(before[1] / residual)
-    return min(max(width + int(steps * (width - before[0]) / 3), width + block), most)
+    return min(max(width + int(steps * (width - before[0])), least), most)
 
 
 def _orthonormal(
-    found: torch.Tensor, outside: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
+    rows: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """The rows ``outside``, what of ``found`` lies outside the span of ``basis``, orthonormal.
+    """``rows`` made orthonormal, and orthogonal to the rows of ``basis``.
 
     Rows that lie in the span already (a rank-deficient matrix has no others left) are replaced
-    by random ones: what they find is then the null space, with σ = 0. Once more against the basis
-    is enough, unless the rows are nearly dependent: then rounding is a large part of some.
+    by random ones: what they find is then the null space, with σ = 0.
     """
-    spent = outside.norm(dim=1) <= 1e-4 * found.norm(dim=1).max()
-    rows = outside
+    before = rows.norm(dim=1).max()
+    rows = rows - (rows @ basis.T) @ basis
+    spent = rows.norm(dim=1) <= 1e-4 * before
     if bool(spent.any()):
-        rows = outside.clone()
         drawn = torch.randn(int(spent.sum()), rows.shape[1], generator=generator)
         rows[spent] = drawn.to(rows.device)
-    q, r = torch.linalg.qr(rows.T)
-    left = r.diagonal().abs()
-    for _ in range(1 if bool(left.min() > 0.1 * left.max()) else 3):
-        q, _ = torch.linalg.qr(q - basis.T @ (basis @ q))
-    made: torch.Tensor = q.T
+    for _ in range(3):
+        q, _ = torch.linalg.qr(rows.T)
+        rows = q.T - (q.T @ basis.T) @ basis
+    made: torch.Tensor = torch.linalg.qr(rows.T)[0].T
     return made
 
 

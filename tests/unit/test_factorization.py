@@ -91,33 +91,6 @@ def test_a_flat_spectrum_equals_the_full_svd() -> None:
     check(weight, factorize(weight, RANK, "paper"), RANK)
 
 
-@pytest.mark.parametrize("wide", [20, 24, 40, 100])
-def test_equal_values_wider_than_a_block(wide: int) -> None:
-    """A Krylov basis shows one direction of equal σ per row of a block, and `RANK` are enough."""
-    sigma = torch.cat([torch.full((wide,), 3.0, dtype=F64), SPECTRA["slow"]])
-    for top in (sigma, torch.cat([torch.tensor([9.0], dtype=F64), sigma])):
-        weight = with_spectrum(top[:400], 450, 420).float()
-        check(weight, factorize(weight, RANK, "paper"), RANK)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_repeated_rows(axis: int) -> None:
-    """As where heads share keys: the rank is an eighth of the shorter side, all else is null."""
-    weight = gaussian(60, 520) if axis == 0 else gaussian(520, 60)
-    weight = weight.repeat_interleave(8, dim=axis).bfloat16()
-    check(weight, factorize(weight, RANK, "paper"), RANK)
-
-
-def test_an_axis_of_zeros_and_a_diagonal() -> None:
-    """Exact zeros leave nothing to make orthonormal, and unit vectors may lie in the basis."""
-    weight = torch.zeros(450, 420)
-    weight[:40, :40] = gaussian(40, 40).float()
-    check(weight, factorize(weight, RANK, "paper"), RANK)
-    weight = torch.zeros(450, 420)
-    weight.diagonal()[:100] = torch.linspace(2, 1, 100)
-    check(weight, factorize(weight, RANK, "paper"), RANK)
-
-
 @pytest.mark.parametrize("rank", [1, 2, 16, 64, 110])
 def test_every_rank(rank: int) -> None:
     weight = with_spectrum(SPECTRA["slow"], 450, 420).float()
