@@ -107,7 +107,7 @@ def scoring() -> list[str]:
         )
 
         def blocks(x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
-            observer.linear("matrix", weight, x, dy)
+            observer.linear("matrix", weight, [x], [dy])
 
         seconds = best(blocks)
         lines.append(

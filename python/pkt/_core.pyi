@@ -3,7 +3,7 @@
 from os import PathLike
 from typing import Any, final
 
-from numpy import float32, float64, uint8, uint32
+from numpy import float32, float64, uint8, uint16, uint32
 from numpy.typing import NDArray
 
 __all__ = [
@@ -15,10 +15,12 @@ __all__ = [
     "Writer",
     "accumulate",
     "accumulate_columns",
+    "accumulate_products",
     "best_columns",
     "dtype_bytes",
     "layout",
     "merge",
+    "multiplies_in_registers",
     "random_weights",
     "random_window",
     "score_sum",
@@ -127,6 +129,22 @@ def accumulate_columns(
     sums: NDArray[float64],
 ) -> int | None:
     """Add the column sums of |weights · gradients| of one sample to sums."""
+
+def accumulate_products(
+    weights: NDArray[Any],
+    weights_dtype: str,
+    columns: int,
+    inputs: list[NDArray[uint16]],
+    upstream: list[NDArray[uint16]],
+    scores: NDArray[float32],
+) -> int | None:
+    """Add |weights · dYᵀX| of some bfloat16 samples to scores, in their order.
+
+    The first sample after which a score is not finite.
+    """
+
+def multiplies_in_registers() -> bool:
+    """Whether this processor has what `accumulate_products` needs to be worth calling."""
 
 def score_sum(scores: NDArray[float32]) -> float:
     """Sum of scores in f64, in a fixed order."""

@@ -107,9 +107,21 @@ def multiplies_bfloat16() -> bool:
     oneDNN has them for AVX-512, for AVX-NE-CONVERT and on ARM for BF16; read off the processor's
     flags, as torch does, so that a plan needs no torch.
     """
-    flags = next((set(line.split(":")[1].split()) for line in _read("/proc/cpuinfo").splitlines()
-                  if line.lower().startswith(("flags", "features"))), set[str]())  # fmt: skip
+    flags = _processor_flags()
     return {"avx512bw", "avx512vl", "avx512dq"} <= flags or bool({"avx_ne_convert", "bf16"} & flags)
+
+
+def has_matrix_tiles() -> bool:
+    """Whether the processor multiplies whole tiles of bfloat16 in one instruction (AMX)."""
+    return "amx_bf16" in _processor_flags()
+
+
+def _processor_flags() -> set[str]:
+    """What the first processor can do, in the kernel's words."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.split(":")[1].split())
+    return set()
 
 
 def _group_bytes(folder: Path) -> int:

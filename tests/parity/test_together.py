@@ -164,8 +164,9 @@ def test_a_seed_that_is_not_finite_is_named_in_a_batch_too(
     bad = next(n for n in batch if lengths.count(lengths[n]) == 1)
     linear = steps.LayerScores.linear
 
-    def score(self: Any, module: str, weight: Any, x: torch.Tensor, dy: torch.Tensor) -> Any:
-        return linear(self, module, weight, x, dy) and len(x) != lengths[bad]
+    def score(self: Any, module: str, weight: Any, xs: Any, dys: Any) -> Any:
+        found = linear(self, module, weight, xs, dys)
+        return [finite and len(x) != lengths[bad] for finite, x in zip(found, xs, strict=True)]
 
     monkeypatch.setattr(steps.LayerScores, "linear", score)
     with pytest.raises(PktError, match=rf"seed \S+:{bad + 1}: its gradient in layer 3 is not"):

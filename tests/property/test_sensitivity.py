@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import pkt
 import reference
 import runs
-from pkt.sensitivity import LayerScores, accumulate, accumulate_columns, score_sum
+from pkt.sensitivity import (
+    LayerScores,
+    accumulate,
+    accumulate_columns,
+    accumulate_products,
+    made_in_registers,
+    score_sum,
+)
 from test_extract import RANK, build_pair, compare, write_seeds
 
 torch.set_num_threads(1)
@@ -47,7 +54,7 @@ def test_opposite_gradients_of_two_samples_do_not_cancel() -> None:
     dy = torch.randn(4, 6, generator=draw)
     scores, found = observer(100)
     for sign in (1.0, -1.0):
-        assert scores.linear("q", weight, x, sign * dy)
+        assert all(scores.linear("q", weight, [x], [sign * dy]))
         assert scores.parameter("norm", weight[0], sign * x[0])
     scores.finish_matrix(0, "q", weight)
     expected = 2 * (weight * (dy.T @ x)).abs()
@@ -145,20 +152,47 @@ def test_row_blocks_are_the_gradient_of_autograd(
     for elements in (200, 1 << 20):
         monkeypatch.setattr("pkt.sensitivity.BLOCK_ELEMENTS", elements)
         scores, found = observer(weight.numel())
-        assert scores.linear("up", weight, x, dy)
+        assert all(scores.linear("up", weight, [x], [dy]))
         scores.finish_matrix(0, "up", weight)
         rtol = 1e-5 if dtype == torch.float32 else 1e-2  # one unit in the last place of bfloat16
         np.testing.assert_allclose(found["up"], expected, rtol=rtol, atol=1e-5)
 
 
+@pytest.mark.skipif(not made_in_registers(torch.ones(1).bfloat16()), reason="torch multiplies")
+@pytest.mark.parametrize("kind", DTYPES)
+def test_products_in_registers_are_those_of_float64(kind: torch.dtype) -> None:
+    """Samples of any length, views among them; the same bits together and one by one."""
+    draw = torch.Generator().manual_seed(4)
+    for rows, columns, lengths in ((1, 1, [1]), (70, 530, [3, 0, 300]), (301, 65, [7, 7, 513, 2])):
+        weight = torch.randn(rows, columns, generator=draw).to(kind)
+        xs = [torch.randn(n + 1, columns, generator=draw).bfloat16()[1:] for n in lengths]
+        dys = [torch.randn(rows, n, generator=draw).bfloat16().T for n in lengths]
+        together, alone = torch.zeros(rows, columns), torch.zeros(rows, columns)
+        assert accumulate_products(weight, xs, dys, together) is None
+        for x, dy in zip(xs, dys, strict=True):
+            assert accumulate_products(weight, [x], [dy], alone) is None
+        assert torch.equal(together, alone)
+        expected, bound = torch.zeros(2, rows, columns, dtype=torch.float64)
+        for x, dy in zip(xs, dys, strict=True):
+            expected += (weight.double() * (dy.double().T @ x.double())).abs()
+            bound += weight.double().abs() * (dy.double().abs().T @ x.double().abs())
+        assert float(((together - expected).abs() - 1e-6 * bound).max()) <= 0
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_noticed(bad: float) -> None:
-    weight, x, dy = torch.ones(6, 5), torch.ones(3, 5), torch.ones(3, 6)
+def test_what_is_not_finite_is_noticed(bad: float, kind: torch.dtype) -> None:
     for broken in ("weight", "x", "dy"):
-        tensors = {"weight": weight.clone(), "x": x.clone(), "dy": dy.clone()}
-        tensors[broken][2, 4] = bad
+        sides = {"x": [torch.ones(3, 5) for _ in range(3)], "dy": [torch.ones(3, 6)] * 3}
+        weight = torch.ones(6, 5)
+        broken_one = weight if broken == "weight" else sides[broken][1].clone()
+        broken_one[2, 4] = bad
+        if broken != "weight":
+            sides[broken] = [sides[broken][0], broken_one, sides[broken][2]]
         scores, _ = observer(100)
-        assert not scores.linear("q", **tensors), broken
+        xs, dys = ([each.to(kind) for each in side] for side in sides.values())
+        found = scores.linear("q", weight.to(kind), xs, dys)
+        assert list(found) == ([False] * 3 if broken == "weight" else [True, False, False]), broken
     scores, _ = observer(100)
     assert not scores.parameter("norm", torch.ones(4), torch.tensor([1.0, bad, 1.0, 1.0]))
     assert scores.parameter("norm", torch.ones(4), torch.ones(4)) is False, "NaN stays in the sum"
@@ -170,7 +204,7 @@ def test_the_memory_of_a_layer_serves_the_next_one() -> None:
     weight = torch.ones(5, 6)
     for layer in range(3):
         for module in ("q", "k"):
-            assert scores.linear(module, weight, torch.ones(2, 6), torch.ones(2, 5))
+            assert all(scores.linear(module, weight, [torch.ones(2, 6)], [torch.ones(2, 5)]))
         for module in ("q", "k"):
             scores.finish_matrix(layer, module, weight)
             assert (found[module] == 2).all()

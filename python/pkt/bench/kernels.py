@@ -18,7 +18,7 @@ from pkt.records import Select
 from pkt.selection import Cut, choose
 from pkt.sensitivity import LayerScores, accumulate
 
-TOKENS = 128  # of the seed whose row blocks are timed
+TOKENS = 128  # of the seed whose gradient is made
 SCORE_SHAPE = (4096, 11008)
 WINDOW_SHAPE = (8192, 8192)
 SQUARE = 4096  # side of the matrices that are multiplied
@@ -44,8 +44,8 @@ class ScoreRates:
     copy_gigabytes_per_second: float
     fused_gigaparameters_per_second: float  #: |w·g| added to scores, g given
     fused_gigabytes_per_second: float
-    blocks_gigaparameters_per_second: float  #: g = dYᵀX made in row blocks, and scored
-    blocks_teraflops: float  #: of that product, with the scoring in its time
+    made_gigaparameters_per_second: float  #: g = dYᵀX made, and scored
+    made_teraflops: float  #: of that product, with the scoring in its time
 
     @property
     def share_of_copy(self) -> float:
@@ -74,15 +74,15 @@ def bench_score(shape: tuple[int, int] = SCORE_SHAPE, tokens: int = TOKENS) -> S
     x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
     dy = torch.randn(tokens, shape[0], generator=generator).bfloat16()
     observer = LayerScores(scores.view(-1), lambda *_: None, lambda *_: {})
-    blocks = best(lambda: observer.linear("matrix", weight, x, dy))
+    made = best(lambda: observer.linear("matrix", weight, [x], [dy]))
     return ScoreRates(
         *shape,
         tokens,
         copy_gigabytes_per_second=copy_bandwidth(12 * count),
         fused_gigaparameters_per_second=count / fused / 1e9,
         fused_gigabytes_per_second=12 * count / fused / 1e9,
-        blocks_gigaparameters_per_second=count / blocks / 1e9,
-        blocks_teraflops=2 * tokens * count / blocks / 1e12,
+        made_gigaparameters_per_second=count / made / 1e9,
+        made_teraflops=2 * tokens * count / made / 1e12,
     )
 
 

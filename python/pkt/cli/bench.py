@@ -90,7 +90,7 @@ def read(teacher: str | None, folder: Path | None, size: str, as_json: bool) -> 
 )
 @options.as_json
 def score(teacher: str | None, tokens: int, as_json: bool) -> None:
-    """Score one matrix for one seed: |w·g| alone, and with g made from X and dY in row blocks.
+    """Score one matrix for one seed: |w·g| alone, and with g made from X and dY.
 
     The matrix is the teacher's largest, or 4096 × 11008; weights are random bfloat16.
     """
@@ -110,9 +110,9 @@ def score(teacher: str | None, tokens: int, as_json: bool) -> None:
             f"{found.fused_gigabytes_per_second:.1f} GB/s, {found.share_of_copy:.2f} of the copy",
         ),
         (
-            "row blocks of dYᵀX",
-            f"{found.blocks_gigaparameters_per_second:.2f} G parameters/s, scored; "
-            f"{found.blocks_teraflops:.3f} TFLOP/s",
+            "dYᵀX made, scored",
+            f"{found.made_gigaparameters_per_second:.2f} G parameters/s, scored; "
+            f"{found.made_teraflops:.3f} TFLOP/s",
         ),
     ]
     click.echo(aligned(rows))

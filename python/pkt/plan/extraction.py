@@ -104,7 +104,7 @@ def make_plan(
             PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
             PlanPart("gradient block", block),
             PlanPart("activations of a batch", activations, f"{rows} tokens"),
-            *widened(dtype, rows, widths, longest),
+            *widened(dtype, rows, widths),
             PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
         ]
         ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]

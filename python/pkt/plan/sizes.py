@@ -11,7 +11,7 @@ from pkt.models import Model
 from pkt.records import PlanPart
 
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
-BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what the matrix product copies for it
+BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what its product copies; or what is packed
 HEAP_BYTES = 32 * MIB  # blocks from here on are glibc's own mappings, smaller ones lie in its heap
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
 DEVICE_BASE_BYTES = 256 * MIB  # of a device: work spaces, code, what fragments; estimated
@@ -50,15 +50,15 @@ def attention_bytes(teacher: Model, rows: int, longest: int, item: int) -> int:
     return 2 * min(longest, 512) * rows * teacher.heads * item
 
 
-def widened(dtype: str, rows: int, widths: Iterable[int], scored: int = 0) -> list[PlanPart]:
+def widened(dtype: str, rows: int, widths: Iterable[int]) -> list[PlanPart]:
     """What products of bfloat16 hold where the processor makes them in float32 (`pkt.products`).
 
-    A block of a weight, so many rows of either side, and the input of a seed that is ``scored``.
+    A block of a weight, and so many rows of either side.
     """
     if dtype != "BF16" or multiplies_bfloat16():
         return []
     widest = max(widths, default=0)
-    held = 4 * (WIDENED_ELEMENTS + 2 * min(rows, WIDENED_ROWS) * widest + scored * widest)
+    held = 4 * (WIDENED_ELEMENTS + 2 * min(rows, WIDENED_ROWS) * widest)
     return [PlanPart("products in float32", held, "blocks of bfloat16 ones")]
 
 

@@ -3,11 +3,14 @@
 The absolute value is taken per sample, then summed: gradients of two samples never meet.
 Source: arXiv 2310.11451, §3.1. One pass multiplies, takes the absolute value, accumulates in
 float32 and notices NaN: in Rust on the CPU, in Triton on CUDA (see `pkt.sensitivity.device`).
+bfloat16 samples of linear layers are scored on the CPU without their gradients ever being in
+memory: dYᵀX is made in registers, tile by tile, for all samples of a batch while the scores of a
+tile are in cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pkt import _core
+from pkt.host import has_matrix_tiles
 from pkt.products import multiplied_in
 from pkt.sensitivity import device
 
@@ -65,6 +69,46 @@ def accumulate_columns(weight: torch.Tensor, gradient: torch.Tensor, sums: torch
     return _finite(bad)
 
 
+def made_in_registers(weight: torch.Tensor) -> bool:
+    """Whether the gradients of ``weight`` are made by `accumulate_products`.
+
+    Of bfloat16 weights on a CPU with fused multiply-add, unless it multiplies whole tiles of
+    bfloat16 in one instruction (AMX): then torch does, many times faster.
+    """
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and _core.multiplies_in_registers()
+        and not has_matrix_tiles()
+    )
+
+
+def accumulate_products(
+    weight: torch.Tensor,
+    xs: Sequence[torch.Tensor],
+    dys: Sequence[torch.Tensor],
+    scores: torch.Tensor,
+) -> int | None:
+    """Add ``|weight · dyᵀx|`` of each sample to ``scores``, in their order, on the CPU.
+
+    Each element of a gradient is summed over the tokens in order by fused multiply-adds in
+    float32, whatever the number of threads; no gradient is in memory.
+
+    Args:
+        weight: (out, in) bfloat16, float16 or float32, contiguous.
+        xs: (n, in) bfloat16 of each sample.
+        dys: (n, out) bfloat16 of each sample.
+        scores: (out, in) float32, contiguous; changed in place.
+
+    Returns:
+        the first sample after which a score is not finite.
+
+    """
+    inputs, upstream = ([_raw(each.contiguous())[0] for each in side] for side in (xs, dys))
+    flat = scores.view(-1).numpy()
+    return _core.accumulate_products(*_raw(weight), weight.shape[1], inputs, upstream, flat)
+
+
 def scorer(on: torch.device) -> str:
     """What scores there, in words: "Rust", "Triton", or "torch" and why."""
     return device.scorer(on.type)[1]
@@ -97,9 +141,9 @@ def score_sum(scores: torch.Tensor) -> float:
 class LayerScores:
     """Scores of one layer's parameters while its gradients pass by (an observer of the sweep).
 
-    Linear weights are scored from X and dY in row blocks of dYᵀX, which never exists as a whole:
-    bit-equal to the gradient that autograd would have made, or, where bfloat16 is multiplied in
-    float32 (`pkt.products`), to that gradient before it is rounded.
+    Linear weights are scored from X and dY; dYᵀX never exists as a whole. It is bit-equal to the
+    gradient that autograd would have made, but for bfloat16 on a CPU: there it is what autograd
+    would have rounded to bfloat16, in float32 (`accumulate_products`).
 
     Args:
         memory: float32 arena for the scores of a layer, or of one matrix at a time.
@@ -132,12 +176,26 @@ class LayerScores:
             seen.clear()
 
     def linear(
-        self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
-    ) -> Finite:
-        """Score one sample of y = xWᵀ: x (n, in), dy (n, out)."""
+        self,
+        module: str,
+        weight: torch.Tensor,
+        xs: Sequence[torch.Tensor],
+        dys: Sequence[torch.Tensor],
+    ) -> Sequence[Finite]:
+        """Score samples of y = xWᵀ, each x (n, in) and dy (n, out); whether each is finite."""
         scores = self._scores.get(module)
         if scores is None:
             scores = self._scores[module] = self._take(weight)
+        if made_in_registers(weight):
+            bad = accumulate_products(weight, xs, dys, scores)
+            return [bad is None or number < bad for number in range(len(xs))]
+        pairs = zip(xs, dys, strict=True)
+        return [self._in_blocks(weight, x, dy, scores) for x, dy in pairs]
+
+    def _in_blocks(
+        self, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor, scores: torch.Tensor
+    ) -> Finite:
+        """Score one sample by row blocks of its gradient."""
         columns = weight.shape[1]
         on_cpu = scores.device.type == "cpu"
         step = max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // columns)

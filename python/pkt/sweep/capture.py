@@ -18,7 +18,10 @@ from torch import nn
 from pkt.errors import IncompatibleError
 from pkt.sweep.spool import Scratch, Spool
 
-Sink = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], bool | torch.Tensor]
+Sink = Callable[
+    [str, torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    Sequence[bool | torch.Tensor],
+]
 
 
 class Captures:
@@ -27,7 +30,8 @@ class Captures:
     Args:
         linears: by suffix; each must be called exactly once a forward.
         spool: gives scratch files when ``sink`` is ``None``.
-        sink: takes (module, weight, X, dY) as soon as dY is there; false means not finite.
+        sink: takes module, weight, X and dY of each seed of a batch as soon as dY is there;
+            false means not finite.
 
     """
 
@@ -64,12 +68,11 @@ class Captures:
         self._seen, self._numbers = {}, ()
 
     def replay(
-        self, module: str, order: Sequence[int]
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Each seed with its X and dY, read back from the scratch files."""
+        self, module: str, numbers: Sequence[int]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """X and dY of some seeds, read back from the scratch files."""
         inputs, upstream = self._files[module]
-        for number in order:
-            yield number, inputs.read(number), upstream.read(number)
+        return [*map(inputs.read, numbers)], [*map(upstream.read, numbers)]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def forward(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -83,14 +86,16 @@ class Captures:
 
     def _catch(self, name: str, gradient: torch.Tensor) -> None:
         xs, dys = self._apart(name, self._seen[name]), self._apart(name, gradient.detach())
-        if self._sink is None and name not in self._files:
-            inputs = self._shared_input(name, xs[0])
-            self._files[name] = (inputs, self._open(f"dy-{name}", dys[0]))
+        if self._sink is not None:
+            found = self._sink(name, self._weights[f"{name}.weight"], xs, dys)
+            for number, finite in zip(self._numbers, found, strict=True):
+                self.finite[number] &= finite
+            return
+        if name not in self._files:
+            shared = self._shared_input(name, xs[0])
+            self._files[name] = (shared, self._open(f"dy-{name}", dys[0]))
+        inputs, upstream = self._files[name]
         for number, x, dy in zip(self._numbers, xs, dys, strict=True):
-            if self._sink is not None:
-                self.finite[number] &= self._sink(name, self._weights[f"{name}.weight"], x, dy)
-                continue
-            inputs, upstream = self._files[name]
             if name in self._owners:
                 inputs.write(number, x)
             upstream.write(number, dy)

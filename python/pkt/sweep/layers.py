@@ -1,7 +1,7 @@
 """What is done to one layer of a sweep, to the embedding before it and to the head behind.
 
 For a linear layer y = xWᵀ autograd is never asked for a weight gradient: its input X and upstream
-gradient dY go to an observer, which makes dYᵀX in row blocks as it needs them.
+gradient dY go to an observer, which makes of dYᵀX what it needs at a time.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class LayerSteps:
         self._records: list[dict[str, Any]] = []
         lengths = [len(seed.tokens) for seed in self.seeds]
         together = batches(lengths)
-        self._order = [number for numbers in together for number in numbers]
-        alone = [(number,) for number in self._order]  # sums of scores have the same order
+        # Alone in the same order: sums of scores have it.
+        alone = [(number,) for numbers in together for number in numbers]
         self._together = alone if self.batched == "never" else together
         # Ways and shapes of batches that were tried, by this process or by one that was killed:
         # split up since, or as each seed alone. Tangled: small parameters need autograd itself.
@@ -327,10 +327,15 @@ class LayerSteps:
         for module in self.skeleton.linears(index):
             weight = weights[f"{module}.weight"]
             if not self.whole_layer:
-                for number, x, dy in captures.replay(module, self._order):
-                    inputs, upstream = x.to(self.device), dy.to(self.device)
-                    if not observer.linear(module, weight, inputs, upstream):
-                        raise self._bad_layer(index, weights, self.seeds[number], "gradient")
+                for numbers in self._together:
+                    xs, dys = (
+                        [each.to(self.device) for each in side]
+                        for side in captures.replay(module, numbers)
+                    )
+                    found = observer.linear(module, weight, xs, dys)
+                    for number, finite in zip(numbers, found, strict=True):
+                        if not finite:
+                            raise self._bad_layer(index, weights, self.seeds[number], "gradient")
             observer.finish_matrix(index, module, weight)
 
     def _apply(

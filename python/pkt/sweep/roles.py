@@ -14,7 +14,7 @@ Notify = Callable[[str, int, int], None]
 
 
 class Observer(Protocol):
-    """What becomes of the gradients, one sample at a time.
+    """What becomes of the gradients, those of each sample by themselves.
 
     Whether they are finite may be told by a bool tensor, which the device need not know yet.
     """
@@ -23,9 +23,13 @@ class Observer(Protocol):
         """The layer's samples begin, perhaps anew: what was seen of a layer before is void."""
 
     def linear(
-        self, module: str, weight: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
-    ) -> bool | torch.Tensor:
-        """One seed's input (n, in) and upstream gradient (n, out); false if not finite."""
+        self,
+        module: str,
+        weight: torch.Tensor,
+        xs: Sequence[torch.Tensor],
+        dys: Sequence[torch.Tensor],
+    ) -> Sequence[bool | torch.Tensor]:
+        """Inputs (n, in) and upstream gradients (n, out) of some seeds; whether each is finite."""
 
     def parameter(
         self, name: str, weight: torch.Tensor, gradient: torch.Tensor

@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod dtype;
 pub mod error;
 mod folder;
+pub mod gradient;
 pub mod header;
 mod json;
 pub mod layout;

@@ -57,6 +57,7 @@ macro_rules! with_slice {
         }
     };
 }
+pub(crate) use with_slice;
 
 impl Values<'_> {
     /// Number of elements.
@@ -220,12 +221,12 @@ impl Element for f16 {
 
 /// `|weight · gradient|`, rounded once: signs do not change how a product rounds.
 #[inline(always)]
-fn product<W: Element, G: Element>(weight: W, gradient: G) -> f32 {
+pub(crate) fn product<W: Element, G: Element>(weight: W, gradient: G) -> f32 {
     weight.magnitude() * gradient.magnitude()
 }
 
 /// The bits of infinity: as integers, finite non-negative floats are below, NaNs above.
-const INFINITY: u32 = f32::INFINITY.to_bits();
+pub(crate) const INFINITY: u32 = f32::INFINITY.to_bits();
 
 /// [`accumulate`] on one thread. The largest bit pattern tells whether a block needs a second look.
 struct Block<'a, W, G> {

@@ -1,6 +1,7 @@
-//! Twin of `pkt_core::sensitivity`.
+//! Twin of `pkt_core::sensitivity` and `pkt_core::gradient`.
 
 use half::slice::HalfBitsSliceExt;
+use pkt_core::gradient::{self, Sample};
 use pkt_core::sensitivity::{self as core, Values};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -77,6 +78,45 @@ pub fn accumulate_columns(
     sums.apart_from(gradients.raw())?;
     let (weights, gradients, sums) = (weights.values(), gradients.values(), sums.slice_mut());
     py.detach(|| core::accumulate_columns(weights, gradients, columns, sums)).map_err(to_python)
+}
+
+/// Add |weights · dYᵀX| of some samples to scores; the first sample after which they are not finite.
+#[pyfunction]
+pub fn accumulate_products(
+    py: Python<'_>,
+    weights: &Bound<'_, PyAny>,
+    weights_dtype: &str,
+    columns: usize,
+    inputs: Vec<Bound<'_, PyAny>>,
+    upstream: Vec<Bound<'_, PyAny>>,
+    scores: &Bound<'_, PyAny>,
+) -> PyResult<Option<usize>> {
+    let weights = Tensor::of(weights, weights_dtype)?;
+    let held = |objects: &[Bound<'_, PyAny>]| -> PyResult<Vec<Memory<u16>>> {
+        objects.iter().map(Memory::of).collect()
+    };
+    let (inputs, upstream) = (held(&inputs)?, held(&upstream)?);
+    if inputs.len() != upstream.len() {
+        return Err(PyValueError::new_err("expected an upstream gradient for each input"));
+    }
+    let mut scores = Memory::<f32>::writable(scores)?;
+    scores.apart_from(weights.raw())?;
+    inputs.iter().chain(&upstream).try_for_each(|memory| scores.apart_from(memory.raw()))?;
+    let samples: Vec<Sample<'_>> = (inputs.iter().zip(&upstream))
+        .map(|(inputs, upstream)| Sample {
+            inputs: inputs.slice().reinterpret_cast(),
+            upstream: upstream.slice().reinterpret_cast(),
+        })
+        .collect();
+    let (weights, scores) = (weights.values(), scores.slice_mut());
+    py.detach(|| gradient::accumulate_products(weights, columns, &samples, scores))
+        .map_err(to_python)
+}
+
+/// Whether this processor has what `accumulate_products` needs to be worth calling.
+#[pyfunction]
+pub fn multiplies_in_registers() -> bool {
+    gradient::is_fast()
 }
 
 /// Sum of scores in f64, in a fixed order.
