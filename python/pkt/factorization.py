@@ -7,15 +7,15 @@ Law: ‖W − BA‖²_F = Σ_{i>r} σ_i². Source: arXiv 2310.11451, §3.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 
+from pkt.products import multiply
 from pkt.records import Factors, Split
 
 TOLERANCE = 3e-3  # of the residual ‖Wv − σu‖ / σ; σ itself is then right to its square or so
 NOISE = 1e-6  # of the largest σ: what float32 products leave where the matrix has no more rank
+HASHED = 256  # columns of which rows are compared first
 FULL_BELOW = 384  # shorter sides this small are decomposed whole
 
 
@@ -70,24 +70,58 @@ def leading_triplets(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U (n, r), σ (r,), Vᵀ (r, m) in float64, each σ_i within 1e-4 relative.
 
-    Short sides are decomposed whole. Else a block Krylov basis grows until the residual of
-    every wanted triplet is small. Weight spectra decay slowly: a fixed number of power steps is
-    not enough (Musco and Musco, arXiv 1504.05477).
+    Short sides are decomposed whole. Rows that occur c times, as those of grouped keys and values
+    do, are taken once, times √c: Σ and V are the same. A block Krylov basis grows until the
+    residual of every wanted triplet is small. Weight spectra decay slowly: a fixed number of
+    power steps is not enough (Musco and Musco, arXiv 1504.05477).
     """
     if min(weight.shape) <= FULL_BELOW or 4 * rank >= min(weight.shape):
         u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
         return u[:, :rank], sigma[:rank], vt[:rank]
-    if weight.shape[0] > weight.shape[1]:
-        v, sigma, ut = leading_triplets(weight.T, rank)
-        return ut.T, sigma, v.T
+    kinds = _distinct_rows(weight)
+    if kinds is not None and len(kinds[0]) >= 4 * rank:
+        first, kind, times = kinds
+        root = times.double().sqrt()[:, None]
+        u, sigma, vt = leading_triplets((weight[first] * root).float(), rank)
+        return (u / root)[kind], sigma, vt
     single = weight.to(torch.float32, copy=True)
     low, high = torch.aminmax(single)
     scale = float(max(-low, high))  # squares of tiny weights would underflow
     if scale == 0.0:
         u, v = (torch.eye(n, rank, device=single.device).double() for n in single.shape)
         return u, u.new_zeros(rank), v.T
-    u, sigma, vt = _block_krylov(single.div_(scale), rank)
+    single.div_(scale)
+    if weight.shape[0] > weight.shape[1]:
+        v, sigma, ut = _block_krylov(single.T, rank)
+        return ut.T, sigma * scale, v.T
+    u, sigma, vt = _block_krylov(single, rank)
     return u, sigma * scale, vt
+
+
+def _distinct_rows(
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Which rows differ: the first of each kind, every row's kind, and how often each occurs.
+
+    ``None`` unless each occurs twice or more on average. Rows that begin alike, by a sum of their
+    bits times random integers modulo 2⁶⁴, must be alike to the end.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        weight.element_size()
+    ]
+    generator, count = torch.Generator().manual_seed(0), len(weight)
+    begin = weight[:, :HASHED].contiguous().view(integers).long()
+    factors = torch.randint(-(2**62), 2**62, begin.shape[1:], generator=generator)
+    sums = (begin * factors.to(weight.device)).sum(1)
+    _, kind, times = sums.unique(return_inverse=True, return_counts=True)
+    if 2 * len(times) > count:
+        return None
+    places = torch.arange(count, device=weight.device)
+    first = torch.full_like(times, count).scatter_reduce_(0, kind, places, "amin")
+    halves = zip(weight.split(64), first[kind].split(64), strict=True)  # parts stay in cache
+    if not all(torch.equal(part, weight[same]) for part, same in halves):
+        return None
+    return first, kind, times
 
 
 def _block_krylov(
@@ -103,13 +137,12 @@ def _block_krylov(
     block, generator = rank + 8, torch.Generator().manual_seed(0)
     start = torch.randn(block, weight.shape[1], generator=generator).to(weight.device)
     basis, image = _Rows(size, weight), _Rows(weight.shape[1], weight)  # (k, n) and (k, m)
-    onto_rows, onto_columns = _product(weight.T), _product(weight)
     look, seen = 4 * block, None
     while True:
-        found = onto_columns(image.last(block) if basis.count else start)
+        found = multiply(image.last(block) if basis.count else start, weight.T)
         fresh = _orthonormal(found, basis.all(), generator)
         basis.append(fresh)
-        image.append(onto_rows(fresh))
+        image.append(multiply(fresh, weight))
         full = basis.count + block > size
         if basis.count < look and not full:
             continue
@@ -119,7 +152,7 @@ def _block_krylov(
         top, shown = vectors[:, -rank:].flip(1), sigma[known]
         u = (basis.all().T @ top[:, known].float()).double()
         v = (image.all().T @ top[:, known].float()).double() / shown
-        residual = onto_columns(v.float().T).double().T - u * shown
+        residual = multiply(v.float().T, weight.T).double().T - u * shown
         largest = float((residual.norm(dim=0) / shown).max())
         if full or largest <= TOLERANCE:
             v = (image.all().double().T @ top[:, known]) / shown
@@ -134,14 +167,6 @@ def _completed(v: torch.Tensor, rank: int, generator: torch.Generator) -> torch.
         return v
     drawn = torch.randn(v.shape[0], missing, generator=generator, dtype=v.dtype).to(v.device)
     return torch.cat([v, torch.linalg.qr(torch.cat([v, drawn], dim=1))[0][:, v.shape[1] :]], dim=1)
-
-
-def _product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x ↦ xWᵀ for a few rows x: by oneDNN where there is one, twice as fast as BLAS for so few."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return lambda rows: rows @ weight.T
-    held = weight.to_mkldnn()
-    return lambda rows: functional.linear(rows.contiguous().to_mkldnn(), held).to_dense()
 
 
 class _Rows:

@@ -41,6 +41,19 @@ def bfloat16_products(
     return Widened() if widened else contextlib.nullcontext()
 
 
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left · right`` of float32 matrices: on a CPU by oneDNN, which is faster than BLAS.
+
+    By a quarter for hundreds of rows, twice for a few dozen; and a row has the same bits whatever
+    rows there are beside it.
+    """
+    usable = left.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if not usable or not left.shape[1]:
+        return left @ right
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+    return made
+
+
 class Widened(TorchDispatchMode):
     """Makes products of bfloat16 matrices on the CPU in float32, and rounds them once."""
 
@@ -68,8 +81,8 @@ class Widened(TorchDispatchMode):
 
     def _mm(self, func: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         out = a.new_empty(a.shape[0], b.shape[1])
-        for rows, product in self._products(a, b):
-            out[rows] = product
+        for at, product in self._products(a, b):
+            out[at] = product
         return out
 
     def _addmm(
@@ -78,9 +91,9 @@ class Widened(TorchDispatchMode):
     ) -> torch.Tensor:  # fmt: skip
         out = a.new_empty(a.shape[0], b.shape[1])
         every = bias.expand_as(out)
-        for rows, product in self._products(a, b):
+        for at, product in self._products(a, b):
             product.mul_(alpha)
-            out[rows] = product.add_(every[rows], alpha=beta) if beta else product
+            out[at] = product.add_(every[at], alpha=beta) if beta else product
         return out
 
     def _small(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,27 +109,22 @@ class Widened(TorchDispatchMode):
             return first.to(args[0].dtype), *others
         return tuple(gradient.to(args[0].dtype) for gradient in (first, *others))
 
-    def _products(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """``ab`` in float32, so many rows at a time, each valid until the next."""
+    def _products(
+        self, a: torch.Tensor, b: torch.Tensor
+    ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+        """``ab`` in float32, block by block: where each belongs, and the block."""
         inner, width = b.shape
+        step = max(1, WIDENED_ELEMENTS // max(1, inner))
+        by_rows = b.stride(0) > b.stride(1)  # a row of b lies together, else a column
         for first in range(0, a.shape[0], WIDENED_ROWS):
             rows = slice(first, first + WIDENED_ROWS)
             left = self._room("left", a[rows].shape).copy_(a[rows])
-            out = self._room("out", (len(left), width))
-            if b.stride(0) > b.stride(1):  # its rows lie together: a part of the sum at a time
-                step = max(1, WIDENED_ELEMENTS // max(1, width))
-                out.zero_()
-                for start in range(0, inner, step):
-                    part = b[start : start + step]
-                    wide = self._room("block", part.shape).copy_(part)
-                    out.addmm_(left[:, start : start + step], wide)
-            else:
-                step = max(1, WIDENED_ELEMENTS // max(1, inner))
-                for start in range(0, width, step):
-                    part = b.t()[start : start + step]
-                    wide = self._room("block", part.shape).copy_(part)
-                    torch.mm(left, wide.t(), out=out[:, start : start + step])
-            yield rows, out
+            for start in range(0, width, step):
+                columns = slice(start, min(start + step, width))
+                shape = (inner, columns.stop - start)
+                wide = self._room("block", shape if by_rows else shape[::-1])
+                wide = (wide if by_rows else wide.t()).copy_(b[:, columns])
+                yield (rows, columns), multiply(left, wide)
 
     def _room(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Float32 memory that is used again: to touch new memory takes longer than to fill it."""

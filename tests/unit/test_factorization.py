@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pkt.factorization import FULL_BELOW, factorize, leading_triplets, orthogonal_factors
+from pkt.factorization import FULL_BELOW, HASHED, factorize, leading_triplets, orthogonal_factors
 from pkt.records import Factors, Split
 
 torch.set_num_threads(1)
@@ -88,6 +88,27 @@ def test_spectra_equal_the_full_svd(name: str, split: Split) -> None:
 def test_a_flat_spectrum_equals_the_full_svd() -> None:
     """The hardest case for a power iteration: neighbours differ by less than a percent."""
     weight = gaussian(1500, 1200).float()
+    check(weight, factorize(weight, RANK, "paper"), RANK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_that_repeat_equal_the_full_svd(dtype: torch.dtype, apart: bool) -> None:
+    """As keys and values of grouped heads do, cut off within a head: some rows once more."""
+    distinct = with_spectrum(SPECTRA["slow"], 450, 420).to(dtype)
+    rows = torch.arange(1200) % 450 if apart else torch.arange(1200) // 3
+    check(distinct[rows], factorize(distinct[rows], RANK, "paper"), RANK)
+
+
+def test_rows_that_begin_alike_are_not_the_same() -> None:
+    weight = gaussian(450, 2 * HASHED).float()
+    weight[:, :HASHED] = weight[0, :HASHED]
+    check(weight, factorize(weight, RANK, "paper"), RANK)
+
+
+@pytest.mark.parametrize("kinds", [1, 3, RANK])
+def test_fewer_kinds_of_rows_than_directions_wanted(kinds: int) -> None:
+    weight = gaussian(kinds, 420).float()[torch.arange(450) % kinds]
     check(weight, factorize(weight, RANK, "paper"), RANK)
 
 
