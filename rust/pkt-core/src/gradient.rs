@@ -27,9 +27,9 @@ use crate::{Error, Result};
 /// Columns of weights a task goes through at once: packed inputs are used for every row panel.
 const COLUMNS: usize = 512;
 /// Tokens packed at once.
-const TOKENS: usize = 256;
+const TOKENS: usize = 128;
 /// Most rows of weights of a task: its packed upstream gradients stay in a core's L2 cache.
-const ROWS: usize = 192;
+const ROWS: usize = 384;
 
 /// One sample's part in the gradient of a weight (n, m): t tokens, row-major.
 #[derive(Clone, Copy, Debug)]
@@ -260,12 +260,18 @@ fn block<W: Element, M: Multiply<R, C>, const R: usize, const C: usize>(
                 if !begins {
                     sums.as_flattened_mut().copy_from_slice(&room.sums[kept.clone()]);
                 }
+                let across = start + j * C..(start + (j + 1) * C).min(start + columns);
+                let down = i * R * stride..((i + 1) * R * stride).min(scores.len());
+                let (weights, scores) = (&weights[down.clone()], &mut scores[down]);
+                if ends {
+                    let rows = weights.chunks_exact(stride).zip(scores.chunks_exact(stride));
+                    rows.for_each(|(weights, scores)| {
+                        simd::prefetch(&weights[across.clone()]);
+                        simd::prefetch(&scores[across.clone()]);
+                    });
+                }
                 M::add(left, right, &mut sums);
                 if ends {
-                    let from = start + j * C;
-                    let across = from..(from + C).min(start + columns);
-                    let down = i * R * stride..((i + 1) * R * stride).min(scores.len());
-                    let (weights, scores) = (&weights[down.clone()], &mut scores[down]);
                     peak = peak.max(score(weights, scores, stride, across, &sums));
                 } else {
                     room.sums[kept].copy_from_slice(sums.as_flattened());
@@ -290,24 +296,24 @@ fn pack<'a, const N: usize>(
     let steps = tokens.len().div_ceil(together);
     room.resize(count.div_ceil(N) * steps * N, 0);
     let (panels, _) = room.as_chunks_mut::<N>();
-    for (number, panel) in panels.chunks_exact_mut(steps).enumerate() {
-        let at = first + number * N;
-        let valid = N.min(first + count - at);
-        for (packed, token) in panel.iter_mut().zip(tokens.clone().step_by(together)) {
-            let upper = &source[token * width + at..][..valid];
-            let lower = (together == 2 && token + 1 < tokens.end)
-                .then(|| &source[(token + 1) * width + at..][..valid]);
-            if let (Ok(upper), None) = (<&[bf16; N]>::try_from(upper), lower) {
-                *packed = upper.map(|value| u32::from(value.to_bits()) << 16);
-                continue;
+    for (step, token) in tokens.clone().step_by(together).enumerate() {
+        let row = |token: usize| &source[token * width + first..][..count];
+        let upper = row(token);
+        let lower = if together == 2 && token + 1 < tokens.end { row(token + 1) } else { &[] };
+        let (whole, rest) = upper.as_chunks::<N>();
+        for (number, upper) in whole.iter().enumerate() {
+            panels[number * steps + step] = upper.map(|value| u32::from(value.to_bits()) << 16);
+        }
+        if !rest.is_empty() {
+            let last = &mut panels[whole.len() * steps + step];
+            *last = [0; N];
+            for (packed, upper) in last.iter_mut().zip(rest) {
+                *packed = u32::from(upper.to_bits()) << 16;
             }
-            *packed = [0; N];
-            for (packed, value) in packed.iter_mut().zip(upper) {
-                *packed = u32::from(value.to_bits()) << 16;
-            }
-            for (packed, value) in packed.iter_mut().zip(lower.unwrap_or_default()) {
-                *packed |= u32::from(value.to_bits());
-            }
+        }
+        for (number, lower) in lower.chunks(N).enumerate() {
+            let packed = panels[number * steps + step].iter_mut();
+            packed.zip(lower).for_each(|(packed, lower)| *packed |= u32::from(lower.to_bits()));
         }
     }
     panels
