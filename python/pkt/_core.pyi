@@ -137,8 +137,9 @@ def accumulate_products(
     inputs: list[NDArray[uint16]],
     upstream: list[NDArray[uint16]],
     scores: NDArray[float32],
+    fresh: bool,
 ) -> int | None:
-    """Add |weights · dYᵀX| of some bfloat16 samples to scores, in their order.
+    """Add |weights · dYᵀX| of some bfloat16 samples to scores, in their order; to zeros if fresh.
 
     The first sample after which a score is not finite.
     """

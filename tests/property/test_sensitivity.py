@@ -198,13 +198,16 @@ def test_what_is_not_finite_is_noticed(bad: float, kind: torch.dtype) -> None:
     assert scores.parameter("norm", torch.ones(4), torch.ones(4)) is False, "NaN stays in the sum"
 
 
-def test_the_memory_of_a_layer_serves_the_next_one() -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[2], [0, 1, 1]])
+def test_the_memory_of_a_layer_serves_the_next_one(kind: torch.dtype, lengths: list[int]) -> None:
     """Scores begin at zero each time, whatever lay there."""
     scores, found = observer(60)
-    weight = torch.ones(5, 6)
+    weight = torch.ones(5, 6, dtype=kind)
+    xs, dys = ([torch.ones(n, width, dtype=kind) for n in lengths] for width in (6, 5))
     for layer in range(3):
         for module in ("q", "k"):
-            assert all(scores.linear(module, weight, [torch.ones(2, 6)], [torch.ones(2, 5)]))
+            assert all(scores.linear(module, weight, xs, dys))
         for module in ("q", "k"):
             scores.finish_matrix(layer, module, weight)
             assert (found[module] == 2).all()

@@ -88,6 +88,8 @@ def accumulate_products(
     xs: Sequence[torch.Tensor],
     dys: Sequence[torch.Tensor],
     scores: torch.Tensor,
+    *,
+    fresh: bool = False,
 ) -> int | None:
     """Add ``|weight · dyᵀx|`` of each sample to ``scores``, in their order, on the CPU.
 
@@ -99,6 +101,7 @@ def accumulate_products(
         xs: (n, in) bfloat16 of each sample.
         dys: (n, out) bfloat16 of each sample.
         scores: (out, in) float32, contiguous; changed in place.
+        fresh: the scores are zeros, whatever lies there.
 
     Returns:
         the first sample after which a score is not finite.
@@ -106,7 +109,7 @@ def accumulate_products(
     """
     inputs, upstream = ([_raw(each.contiguous())[0] for each in side] for side in (xs, dys))
     flat = scores.view(-1).numpy()
-    return _core.accumulate_products(*_raw(weight), weight.shape[1], inputs, upstream, flat)
+    return _core.accumulate_products(*_raw(weight), weight.shape[1], inputs, upstream, flat, fresh)
 
 
 def scorer(on: torch.device) -> str:
@@ -183,11 +186,13 @@ class LayerScores:
         dys: Sequence[torch.Tensor],
     ) -> Sequence[Finite]:
         """Score samples of y = xWᵀ, each x (n, in) and dy (n, out); whether each is finite."""
+        in_registers = made_in_registers(weight)
         scores = self._scores.get(module)
+        fresh = scores is None
         if scores is None:
-            scores = self._scores[module] = self._take(weight)
-        if made_in_registers(weight):
-            bad = accumulate_products(weight, xs, dys, scores)
+            scores = self._scores[module] = self._take(weight, cleared=not in_registers)
+        if in_registers:
+            bad = accumulate_products(weight, xs, dys, scores, fresh=fresh)
             return [bad is None or number < bad for number in range(len(xs))]
         pairs = zip(xs, dys, strict=True)
         return [self._in_blocks(weight, x, dy, scores) for x, dy in pairs]
@@ -238,10 +243,10 @@ class LayerScores:
         self._totals.clear()
         return self._on_layer(layer, total)
 
-    def _take(self, weight: torch.Tensor) -> torch.Tensor:
+    def _take(self, weight: torch.Tensor, *, cleared: bool = True) -> torch.Tensor:
         taken = self._memory[self._used : self._used + weight.numel()]
         self._used += weight.numel()
-        return taken.zero_().view(weight.shape)
+        return (taken.zero_() if cleared else taken).view(weight.shape)
 
     def _block_for(self, elements: int, like: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
         if self._block.numel() < elements or self._block.dtype != kind:

@@ -23,7 +23,7 @@ fn main() {
         for _ in 0..4 {
             let start = Instant::now();
             let weights = Values::Bf16(&weights);
-            black_box(accumulate_products(weights, columns, &samples, &mut scores).unwrap());
+            black_box(accumulate_products(weights, columns, &samples, &mut scores, true).unwrap());
             let seconds = start.elapsed().as_secs_f64();
             let flop = 2.0 * (rows * columns * tokens * count) as f64;
             println!(

@@ -47,7 +47,8 @@ pub fn is_fast() -> bool {
     simd::width() != Width::Plain
 }
 
-/// Adds `|W ⊙ dYᵀX|` of each sample to `scores` (n, m), in the order of the samples.
+/// Adds `|W ⊙ dYᵀX|` of each sample to `scores` (n, m), in the order of the samples; where they are
+/// `fresh`, to zeros, whatever lies there.
 ///
 /// `weights` are n rows of `columns` elements. Returns the first sample after which a score is not
 /// finite, `None` if there is none. Memory: about 1 MiB a thread, kept.
@@ -59,12 +60,16 @@ pub fn accumulate_products(
     columns: usize,
     samples: &[Sample],
     scores: &mut [f32],
+    fresh: bool,
 ) -> Result<Option<usize>> {
     require_shapes(weights.len(), columns, samples, scores.len())?;
+    if samples.is_empty() && fresh {
+        scores.fill(0.0);
+    }
     if scores.is_empty() || samples.is_empty() {
         return Ok(None);
     }
-    Ok(with_slice!(weights, |w| by_rows(w, columns, samples, scores, simd::width())))
+    Ok(with_slice!(weights, |w| by_rows(w, columns, samples, scores, fresh)))
 }
 
 fn require_shapes(weights: usize, columns: usize, samples: &[Sample], scores: usize) -> Result<()> {
@@ -94,7 +99,7 @@ fn by_rows<W: Element>(
     columns: usize,
     samples: &[Sample],
     scores: &mut [f32],
-    width: Width,
+    fresh: bool,
 ) -> Option<usize> {
     let height = scores.len() / columns;
     // A few tasks for every thread, of whole tiles whatever the width.
@@ -104,7 +109,8 @@ fn by_rows<W: Element>(
         .filter_map(|(number, (weights, scores))| {
             let first = number * rows;
             ROOM.with_borrow_mut(|room| {
-                Task { weights, scores, columns, height, first, samples, room }.run(width)
+                Task { weights, scores, columns, height, first, samples, fresh, room }
+                    .run(simd::width())
             })
         })
         .min()
@@ -120,6 +126,7 @@ struct Task<'a, W> {
     /// Which of them is the first one here.
     first: usize,
     samples: &'a [Sample<'a>],
+    fresh: bool,
     room: &'a mut Room,
 }
 
@@ -205,7 +212,8 @@ impl<W: Element, M: Multiply<R, C>, const R: usize, const C: usize> Kernel
         let mut first = None;
         for start in (0..task.columns).step_by(COLUMNS) {
             for (index, sample) in task.samples.iter().enumerate() {
-                let finite = block::<W, M, R, C>(&mut task, start, sample);
+                let fresh = task.fresh && index == 0;
+                let finite = block::<W, M, R, C>(&mut task, start, sample, fresh);
                 if !finite && first.is_none_or(|first| index < first) {
                     first = Some(index);
                 }
@@ -215,16 +223,21 @@ impl<W: Element, M: Multiply<R, C>, const R: usize, const C: usize> Kernel
     }
 }
 
-/// Adds one sample to the scores of the columns from `start`; whether they are finite then.
+/// Adds one sample to the scores of the columns from `start`, which are zeros if they are `fresh`;
+/// whether they are finite then.
 #[inline(always)]
 fn block<W: Element, M: Multiply<R, C>, const R: usize, const C: usize>(
     task: &mut Task<W>,
     start: usize,
     sample: &Sample,
+    fresh: bool,
 ) -> bool {
     let Task { weights, scores, columns: stride, height, first, room, .. } = task;
     let (stride, rows, columns) = (*stride, scores.len() / *stride, COLUMNS.min(*stride - start));
     let tokens = sample.inputs.len() / stride;
+    if fresh && tokens == 0 {
+        scores.chunks_mut(stride).for_each(|row| row[start..start + columns].fill(0.0));
+    }
     let mut peak = 0;
     for done in (0..tokens).step_by(TOKENS) {
         let now = done..tokens.min(done + TOKENS);
@@ -272,7 +285,7 @@ fn block<W: Element, M: Multiply<R, C>, const R: usize, const C: usize>(
                 }
                 M::add(left, right, &mut sums);
                 if ends {
-                    peak = peak.max(score(weights, scores, stride, across, &sums));
+                    peak = peak.max(score(weights, scores, stride, across, &sums, fresh));
                 } else {
                     room.sums[kept].copy_from_slice(sums.as_flattened());
                 }
@@ -327,13 +340,14 @@ fn score<W: Element, const R: usize, const C: usize>(
     stride: usize,
     columns: Range<usize>,
     gradients: &[[f32; C]; R],
+    fresh: bool,
 ) -> u32 {
     let mut peak = 0;
     let rows = weights.chunks_exact(stride).zip(scores.chunks_exact_mut(stride));
     for ((weights, scores), gradients) in rows.zip(gradients) {
         let (weights, scores) = (&weights[columns.clone()], &mut scores[columns.clone()]);
         for ((score, &weight), &gradient) in scores.iter_mut().zip(weights).zip(gradients) {
-            *score += product(weight, gradient);
+            *score = if fresh { 0.0 } else { *score } + product(weight, gradient);
             peak = peak.max(score.to_bits());
         }
     }
@@ -425,6 +439,7 @@ mod tests {
                 height: self.rows,
                 first: 0,
                 samples: &samples,
+                fresh: false,
                 room: &mut Room::default(),
             };
             assert_eq!(Tiled::<f32, M, R, C>(task, PhantomData).run(), None);
@@ -438,7 +453,8 @@ mod tests {
 
     fn scored(case: &Case, weights: Values) -> Vec<u32> {
         let mut scores = vec![0.5; case.weights.len()];
-        let found = accumulate_products(weights, case.columns, &case.samples(), &mut scores);
+        let samples = case.samples();
+        let found = accumulate_products(weights, case.columns, &samples, &mut scores, false);
         assert_eq!(found.unwrap(), None);
         bits(&scores)
     }
@@ -461,6 +477,11 @@ mod tests {
             prop_assert_eq!(case.tiled::<Singles, 12, 32>(), &expected[..]);
             prop_assert_eq!(case.tiled::<Paired, 12, 32>(), &expected[..]);
             prop_assert_eq!(case.tiled::<Paired, 1, 1>(), expected);
+            let (mut anew, mut zeros) = (vec![f32::NAN; rows * columns], vec![0.0; rows * columns]);
+            let (weights, samples) = (Values::F32(&case.weights), case.samples());
+            accumulate_products(weights, columns, &samples, &mut anew, true).unwrap();
+            accumulate_products(weights, columns, &samples, &mut zeros, false).unwrap();
+            prop_assert_eq!(bits(&anew), bits(&zeros));
         }
     }
 
@@ -481,7 +502,7 @@ mod tests {
             let mut case = Case::new(40, 600, &[3, 3, 3, 3], 3);
             case.samples[sample].0[at] = bf16::from_f32(what);
             let (weights, mut scores) = (Values::F32(&case.weights), vec![0.0; 40 * 600]);
-            accumulate_products(weights, 600, &case.samples(), &mut scores).unwrap()
+            accumulate_products(weights, 600, &case.samples(), &mut scores, false).unwrap()
         };
         assert_eq!(spoil(0, 2, f32::NAN), Some(2));
         assert_eq!(spoil(599, 1, f32::INFINITY), Some(1));
@@ -491,7 +512,7 @@ mod tests {
         case.samples[1].0[599] = bf16::NAN;
         let mut scores = vec![0.0; 40 * 600];
         let weights = Values::F32(&case.weights);
-        let first = accumulate_products(weights, 600, &case.samples(), &mut scores).unwrap();
+        let first = accumulate_products(weights, 600, &case.samples(), &mut scores, false).unwrap();
         assert_eq!(first, Some(1), "though an earlier column finds the later sample");
     }
 
@@ -502,7 +523,7 @@ mod tests {
         let samples =
             [Sample { inputs: &one, upstream: &one }, Sample { inputs: &one, upstream: &minus }];
         let mut scores = [0.0];
-        accumulate_products(Values::F32(&[-3.0]), 1, &samples, &mut scores).unwrap();
+        accumulate_products(Values::F32(&[-3.0]), 1, &samples, &mut scores, false).unwrap();
         assert_eq!(bits(&scores), bits(&[6.0]));
     }
 
@@ -512,7 +533,7 @@ mod tests {
         let (two, three, four) = (&[bf16::ONE; 2][..], &[bf16::ONE; 3][..], &[bf16::ONE; 4][..]);
         let mut refused = |columns, inputs, upstream| {
             let samples = [Sample { inputs, upstream }];
-            accumulate_products(Values::F32(&weights), columns, &samples, &mut scores)
+            accumulate_products(Values::F32(&weights), columns, &samples, &mut scores, false)
                 .unwrap_err()
                 .to_string()
         };
@@ -521,7 +542,7 @@ mod tests {
         assert!(refused(3, two, two).contains("sample 0"));
         assert!(refused(3, three, three).contains("(t, 2) upstream"));
         assert!(refused(2, four, two).contains("found 4 and 2"));
-        let error = accumulate_products(Values::F32(&weights), 3, &[], &mut [0.0; 3]);
+        let error = accumulate_products(Values::F32(&weights), 3, &[], &mut [0.0; 3], false);
         assert!(error.unwrap_err().to_string().contains("3 scores"));
     }
 }

@@ -82,6 +82,7 @@ pub fn accumulate_columns(
 
 /// Add |weights · dYᵀX| of some samples to scores; the first sample after which they are not finite.
 #[pyfunction]
+#[allow(clippy::too_many_arguments, reason = "a call from Python")]
 pub fn accumulate_products(
     py: Python<'_>,
     weights: &Bound<'_, PyAny>,
@@ -90,6 +91,7 @@ pub fn accumulate_products(
     inputs: Vec<Bound<'_, PyAny>>,
     upstream: Vec<Bound<'_, PyAny>>,
     scores: &Bound<'_, PyAny>,
+    fresh: bool,
 ) -> PyResult<Option<usize>> {
     let weights = Tensor::of(weights, weights_dtype)?;
     let held = |objects: &[Bound<'_, PyAny>]| -> PyResult<Vec<Memory<u16>>> {
@@ -109,7 +111,7 @@ pub fn accumulate_products(
         })
         .collect();
     let (weights, scores) = (weights.values(), scores.slice_mut());
-    py.detach(|| gradient::accumulate_products(weights, columns, &samples, scores))
+    py.detach(|| gradient::accumulate_products(weights, columns, &samples, scores, fresh))
         .map_err(to_python)
 }
 
