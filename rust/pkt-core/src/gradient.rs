@@ -9,7 +9,8 @@
 //!
 //! The gradient's element is one chain of fused multiply-adds over the tokens in order, never
 //! rounded to bfloat16. So neither tiles, threads nor the width of registers change a bit of it,
-//! but where the processor multiplies pairs of bfloat16: there, numbers below 2⁻¹²⁶ count as zero.
+//! but where the processor multiplies pairs of bfloat16: it adds the two products in an order of its
+//! own, and takes numbers below 2⁻¹²⁶ for zero.
 
 #![allow(clippy::inline_always, reason = "a Kernel is only as wide as what is inlined into it")]
 
@@ -451,6 +452,17 @@ mod tests {
         scores.iter().map(|score| score.to_bits()).collect()
     }
 
+    /// Whether scores are the expected ones: to the bit, but where a processor adds pairs of
+    /// products as it likes.
+    fn same(found: &[u32], expected: &[u32]) -> bool {
+        let near = |(&found, &expected): (&u32, &u32)| {
+            let (found, expected) = (f32::from_bits(found), f32::from_bits(expected));
+            (found - expected).abs() <= 1e-4 * expected.max(1.0)
+        };
+        let exact = simd::width() != Width::Avx512Bf16;
+        if exact { found == expected } else { found.iter().zip(expected).all(near) }
+    }
+
     fn scored(case: &Case, weights: Values) -> Vec<u32> {
         let mut scores = vec![0.5; case.weights.len()];
         let samples = case.samples();
@@ -470,9 +482,11 @@ mod tests {
             let b: Vec<bf16> = case.weights.iter().map(|&w| bf16::from_f32(w)).collect();
             let h: Vec<f16> = case.weights.iter().map(|&w| f16::from_f32(w)).collect();
             let expected = case.reference(|at| case.weights[at]);
-            prop_assert_eq!(scored(&case, Values::F32(&case.weights)), &expected[..]);
-            prop_assert_eq!(scored(&case, Values::Bf16(&b)), case.reference(|at| b[at].to_f32()));
-            prop_assert_eq!(scored(&case, Values::F16(&h)), case.reference(|at| h[at].to_f32()));
+            prop_assert!(same(&scored(&case, Values::F32(&case.weights)), &expected));
+            let rounded = case.reference(|at| b[at].to_f32());
+            prop_assert!(same(&scored(&case, Values::Bf16(&b)), &rounded));
+            let rounded = case.reference(|at| h[at].to_f32());
+            prop_assert!(same(&scored(&case, Values::F16(&h)), &rounded));
             prop_assert_eq!(case.tiled::<Singles, 6, 16>(), &expected[..]);
             prop_assert_eq!(case.tiled::<Singles, 12, 32>(), &expected[..]);
             prop_assert_eq!(case.tiled::<Paired, 12, 32>(), &expected[..]);
@@ -492,7 +506,8 @@ mod tests {
         let case = Case::new(ROWS + 5, COLUMNS + 37, &lengths, 7);
         let expected = case.reference(|at| case.weights[at]);
         let found = every::thread_count(|| scored(&case, Values::F32(&case.weights)));
-        assert!(found.iter().all(|found| found == &expected));
+        assert!(same(&found[0], &expected));
+        assert!(found.iter().all(|others| others == &found[0]));
         assert!(case.tiled::<Paired, 12, 32>() == expected);
     }
 
