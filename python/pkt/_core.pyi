@@ -20,7 +20,6 @@ __all__ = [
     "dtype_bytes",
     "layout",
     "merge",
-    "multiplies_in_registers",
     "random_weights",
     "random_window",
     "score_sum",
@@ -143,9 +142,6 @@ def accumulate_products(
 
     The first sample after which a score is not finite.
     """
-
-def multiplies_in_registers() -> bool:
-    """Whether this processor has what `accumulate_products` needs to be worth calling."""
 
 def score_sum(scores: NDArray[float32]) -> float:
     """Sum of scores in f64, in a fixed order."""

@@ -14,12 +14,12 @@ from pkt.config import LOGIT_ELEMENTS, MIB
 from pkt.models import Model
 from pkt.plan.sizes import (
     BASE_BYTES,
-    BLOCK_BYTES,
     CALLS_BYTES,
     DEVICE_BASE_BYTES,
     DEVICE_BLOCK_BYTES,
     WINDOW_BYTES,
     attention_bytes,
+    block_bytes,
     is_eager,
     is_native,
     kept_bytes,
@@ -123,7 +123,7 @@ def make_plan(
         ]
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
-        sweep, ends = phases(shared, matrix, BLOCK_BYTES)
+        sweep, ends = phases(shared, matrix, block_bytes(dtype))
         factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
         return tuple(max((sweep, ends, factors), key=total_bytes))
 

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import MIB, WIDENED_ELEMENTS, WIDENED_ROWS
-from pkt.host import multiplies_bfloat16
+from pkt.host import multiplies_bfloat16, multiplies_in_registers
 from pkt.models import Model
 from pkt.records import PlanPart
 
 BASE_BYTES = 576 * MIB  # the interpreter, torch, transformers and peft, measured
-BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what its product copies; or what is packed
+BLOCK_BYTES = 48 * MIB  # a row block of gradients, and what its product copies
+PACKED_BYTES = 4 * MIB  # what gradients in registers are made of, a few threads
 HEAP_BYTES = 32 * MIB  # blocks from here on are glibc's own mappings, smaller ones lie in its heap
+FEW_BYTES = 8 * MIB  # of those in the heap, larger ones than this leave fewer gaps, measured
 CALLS_BYTES = 64 * MIB  # masks and position embeddings, at most
 DEVICE_BASE_BYTES = 256 * MIB  # of a device: work spaces, code, what fragments; estimated
 DEVICE_BLOCK_BYTES = 128 * MIB  # a row block of gradients there, and the head's; estimated
@@ -36,7 +38,14 @@ def kept_bytes(tensor: int) -> int:
 
     The allocator gives the pages of large ones back at once; smaller ones leave gaps in its heap.
     """
-    return tensor * 5 // 4 if tensor >= HEAP_BYTES else 2 * tensor
+    if tensor >= HEAP_BYTES:
+        return tensor * 5 // 4
+    return tensor * 3 // 2 if tensor >= FEW_BYTES else 2 * tensor
+
+
+def block_bytes(dtype: str) -> int:
+    """What gradients of linear weights take on a CPU while they are scored."""
+    return PACKED_BYTES if dtype == "BF16" and multiplies_in_registers() else BLOCK_BYTES
 
 
 def attention_bytes(teacher: Model, rows: int, longest: int, item: int) -> int:
@@ -53,12 +62,14 @@ def attention_bytes(teacher: Model, rows: int, longest: int, item: int) -> int:
 def widened(dtype: str, rows: int, widths: Iterable[int]) -> list[PlanPart]:
     """What products of bfloat16 hold where the processor makes them in float32 (`pkt.products`).
 
-    A block of a weight, and so many rows of either side.
+    A block of a weight, so many rows of what it is multiplied with, and of the result.
     """
     if dtype != "BF16" or multiplies_bfloat16():
         return []
-    widest = max(widths, default=0)
-    held = 4 * (WIDENED_ELEMENTS + 2 * min(rows, WIDENED_ROWS) * widest)
+    sides = [*widths]
+    widest, rows = max(sides, default=0), min(rows, WIDENED_ROWS)
+    result = min(widest, WIDENED_ELEMENTS // max(1, min(sides, default=1)))
+    held = 4 * (WIDENED_ELEMENTS + rows * (widest + result))
     return [PlanPart("products in float32", held, "blocks of bfloat16 ones")]
 
 

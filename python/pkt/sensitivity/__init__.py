@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pkt import _core
-from pkt.host import has_matrix_tiles
+from pkt.host import multiplies_in_registers
 from pkt.products import multiplied_in
 from pkt.sensitivity import device
 
@@ -70,17 +70,9 @@ def accumulate_columns(weight: torch.Tensor, gradient: torch.Tensor, sums: torch
 
 
 def made_in_registers(weight: torch.Tensor) -> bool:
-    """Whether the gradients of ``weight`` are made by `accumulate_products`.
-
-    Of bfloat16 weights on a CPU with fused multiply-add, unless it multiplies whole tiles of
-    bfloat16 in one instruction (AMX): then torch does, many times faster.
-    """
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.device.type == "cpu"
-        and _core.multiplies_in_registers()
-        and not has_matrix_tiles()
-    )
+    """Whether the gradients of ``weight`` are made by `accumulate_products`: bfloat16, on a CPU."""
+    kind = weight.dtype, weight.device.type
+    return kind == (torch.bfloat16, "cpu") and multiplies_in_registers()
 
 
 def accumulate_products(

@@ -41,18 +41,12 @@ pub struct Sample<'a> {
     pub upstream: &'a [bf16],
 }
 
-/// Whether this processor has what [`accumulate_products`] needs to be worth calling: x86-64 with
-/// fused multiply-add on 256-bit registers.
-#[must_use]
-pub fn is_fast() -> bool {
-    simd::width() != Width::Plain
-}
-
 /// Adds `|W ⊙ dYᵀX|` of each sample to `scores` (n, m), in the order of the samples; where they are
 /// `fresh`, to zeros, whatever lies there.
 ///
 /// `weights` are n rows of `columns` elements. Returns the first sample after which a score is not
-/// finite, `None` if there is none. Memory: about 1 MiB a thread, kept.
+/// finite, `None` if there is none. Memory: about 1 MiB a thread, kept. Worth calling where the
+/// processor has fused multiply-add in registers of 256 bits or more.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the shapes do not fit each other; `scores` are then untouched.

@@ -27,9 +27,7 @@ mod _core {
     #[pymodule_export]
     use super::selection::{Matrix, best_columns, random_weights, random_window, top_layers};
     #[pymodule_export]
-    use super::sensitivity::{
-        accumulate, accumulate_columns, accumulate_products, multiplies_in_registers, score_sum,
-    };
+    use super::sensitivity::{accumulate, accumulate_columns, accumulate_products, score_sum};
     #[pymodule_export]
     use super::writer::Writer;
 }

@@ -115,12 +115,6 @@ pub fn accumulate_products(
         .map_err(to_python)
 }
 
-/// Whether this processor has what `accumulate_products` needs to be worth calling.
-#[pyfunction]
-pub fn multiplies_in_registers() -> bool {
-    gradient::is_fast()
-}
-
 /// Sum of scores in f64, in a fixed order.
 #[pyfunction]
 pub fn score_sum(py: Python<'_>, scores: &Bound<'_, PyAny>) -> PyResult<f64> {
