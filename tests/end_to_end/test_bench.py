@@ -110,7 +110,7 @@ def test_score_and_window_take_the_teachers_shape(inputs: Inputs) -> None:
     )  # fmt: skip
     assert [product["dtype"] for product in searched["matmul"]] == ["bfloat16", "float32"]
     assert all(product["teraflops"] > 0 for product in searched["matmul"])
-    for name, word in (("score", "row blocks of dYᵀX"), ("window", "best window")):
+    for name, word in (("score", "dYᵀX made"), ("window", "best window")):
         more = ["--square", 32] if name == "window" else []
         assert word in pkt("bench", name, "--teacher", inputs.teacher, *more).out
 

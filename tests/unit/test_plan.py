@@ -277,7 +277,7 @@ def test_a_device_holds_two_layers_and_their_scores_whatever_the_slots(
     matrix = planned(pair, large.smallest_bytes)
     assert matrix.scores == "matrix"
     assert matrix.device_bytes < large.device_bytes
-    longer = planned(pair, longest=2048)
+    longer = planned(pair, longest=2048, rows=2048)
     assert longer.device_bytes > large.device_bytes
     wide = {part.name: part.bytes for part in planned(pair, dtype="F32").device_parts}
     assert wide["weights"] == 2 * parts["weights"]

@@ -110,7 +110,7 @@ def score(teacher: str | None, tokens: int, as_json: bool) -> None:
             f"{found.fused_gigabytes_per_second:.1f} GB/s, {found.share_of_copy:.2f} of the copy",
         ),
         (
-            "dYᵀX made, scored",
+            "dYᵀX made",
             f"{found.made_gigaparameters_per_second:.2f} G parameters/s, scored; "
             f"{found.made_teraflops:.3f} TFLOP/s",
         ),

@@ -97,18 +97,20 @@ def make_plan(
     kept = [PlanPart("sums of every layer", records)] if sums else []
     largest = max((p.elements for p in matrices), default=0)
 
-    def phases(shared: list[PlanPart], matrix: bool, block: int) -> tuple[list[PlanPart], ...]:
+    def phases(
+        shared: list[PlanPart], matrix: bool, block: int, *, on_cpu: bool
+    ) -> tuple[list[PlanPart], ...]:
         held = largest if matrix else elements
         sweep = [
             *shared,
             PlanPart("scores, float32", 4 * held, "one matrix" if matrix else "one layer"),
             PlanPart("gradient block", block),
             PlanPart("activations of a batch", activations, f"{rows} tokens"),
-            *widened(dtype, rows, widths),
+            *(widened(dtype, rows, widths) if on_cpu else []),
             PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
         ]
         ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
-        ends += widened(dtype, longest, [*head.shape])
+        ends += widened(dtype, longest, [*head.shape]) if on_cpu else []
         if embeddings:
             ends.append(PlanPart("logit gradients of one seed", longest * head.shape[0] * item * 2))
         return sweep, ends
@@ -123,7 +125,7 @@ def make_plan(
         ]
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
-        sweep, ends = phases(shared, matrix, block_bytes(dtype))
+        sweep, ends = phases(shared, matrix, block_bytes(dtype), on_cpu=True)
         factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
         return tuple(max((sweep, ends, factors), key=total_bytes))
 
@@ -136,7 +138,7 @@ def make_plan(
         if converted:
             stored = max((p.bytes for p in matrices), default=0)
             shared.append(PlanPart("largest weight as stored", stored))
-        sweep, ends = phases(shared, matrix, DEVICE_BLOCK_BYTES)
+        sweep, ends = phases(shared, matrix, DEVICE_BLOCK_BYTES, on_cpu=False)
         ends.append(sweep[len(shared)])  # scores: what is allocated there is taken, used or not
         factors = [shared[0], PlanPart("largest window", window)]
         return tuple(max((sweep, ends, factors), key=total_bytes))

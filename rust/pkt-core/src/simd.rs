@@ -126,7 +126,7 @@ pub(crate) fn add_pairs<const ROWS: usize>(
 }
 
 /// Asks for the cache lines of `values` ahead of their use.
-#[inline(always)]
+#[inline]
 pub(crate) fn prefetch<T>(values: &[T]) {
     #[cfg(target_arch = "x86_64")]
     for value in values.iter().step_by(64 / size_of::<T>()).chain(values.last()) {
