@@ -82,7 +82,7 @@ def leading_triplets(
     if kinds is not None and len(kinds[0]) >= 4 * rank:
         first, kind, times = kinds
         root = times.double().sqrt()[:, None]
-        u, sigma, vt = leading_triplets((weight[first] * root).float(), rank)
+        u, sigma, vt = leading_triplets((weight[first].double() * root).float(), rank)
         return (u / root)[kind], sigma, vt
     single = weight.to(torch.float32, copy=True)
     low, high = torch.aminmax(single)
@@ -118,8 +118,8 @@ def _distinct_rows(
         return None
     places = torch.arange(count, device=weight.device)
     first = torch.full_like(times, count).scatter_reduce_(0, kind, places, "amin")
-    halves = zip(weight.split(64), first[kind].split(64), strict=True)  # parts stay in cache
-    if not all(torch.equal(part, weight[same]) for part, same in halves):
+    pairs = zip(weight.split(64), first[kind].split(64), strict=True)  # parts stay in cache
+    if not all(torch.equal(part, weight[same]) for part, same in pairs):
         return None
     return first, kind, times
 

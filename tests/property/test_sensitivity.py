@@ -20,7 +20,6 @@ from pkt.sensitivity import (
     accumulate,
     accumulate_columns,
     accumulate_products,
-    made_in_registers,
     score_sum,
 )
 from test_extract import RANK, build_pair, compare, write_seeds
@@ -158,7 +157,6 @@ def test_row_blocks_are_the_gradient_of_autograd(
         np.testing.assert_allclose(found["up"], expected, rtol=rtol, atol=1e-5)
 
 
-@pytest.mark.skipif(not made_in_registers(torch.ones(1).bfloat16()), reason="torch multiplies")
 @pytest.mark.parametrize("kind", DTYPES)
 def test_products_in_registers_are_those_of_float64(kind: torch.dtype) -> None:
     """Samples of any length, views among them; the same bits together and one by one."""

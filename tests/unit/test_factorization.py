@@ -91,7 +91,9 @@ def test_a_flat_spectrum_equals_the_full_svd() -> None:
     check(weight, factorize(weight, RANK, "paper"), RANK)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 @pytest.mark.parametrize("apart", [False, True])
 def test_rows_that_repeat_equal_the_full_svd(dtype: torch.dtype, apart: bool) -> None:
     """As keys and values of grouped heads do, cut off within a head: some rows once more."""
