@@ -10,6 +10,7 @@ __all__ = [
     "Catalogue",
     "Layout",
     "Matrix",
+    "Packed",
     "Reader",
     "Stream",
     "Writer",
@@ -145,6 +146,14 @@ def accumulate_products(
 
 def score_sum(scores: NDArray[float32]) -> float:
     """Sum of scores in f64, in a fixed order."""
+
+@final
+class Packed:
+    """A matrix (n, m), laid out to be multiplied from the left by a few rows."""
+
+    def __new__(cls, matrix: NDArray[Any], dtype: str, rows: int, columns: int) -> Packed: ...
+    def multiply(self, rows: NDArray[float32], products: NDArray[float32], turned: bool) -> None:
+        """Set products (b, m) to rows (b, n) times the matrix; turned, by its transpose."""
 
 @final
 class Matrix:

@@ -7,11 +7,14 @@ Law: ‖W − BA‖²_F = Σ_{i>r} σ_i². Source: arXiv 2310.11451, §3.2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from pkt.products import multiply
 from pkt.records import Factors, Split
+from pkt.thin import Operand
+
+_Product = Callable[[torch.Tensor], torch.Tensor]
 
 TOLERANCE = 3e-3  # of the residual ‖Wv − σu‖ / σ; σ itself is then right to its square or so
 NOISE = 1e-6  # of the largest σ: what float32 products leave where the matrix has no more rank
@@ -84,18 +87,24 @@ def leading_triplets(
         root = times.double().sqrt()[:, None]
         u, sigma, vt = leading_triplets((weight[first].double() * root).float(), rank)
         return (u / root)[kind], sigma, vt
-    single = weight.to(torch.float32, copy=True)
-    low, high = torch.aminmax(single)
+    stored = weight if weight.dtype == torch.bfloat16 else weight.float()
+    low, high = torch.aminmax(stored)
     scale = float(max(-low, high))  # squares of tiny weights would underflow
     if scale == 0.0:
-        u, v = (torch.eye(n, rank, device=single.device).double() for n in single.shape)
+        u, v = (torch.eye(n, rank, device=weight.device).double() for n in weight.shape)
         return u, u.new_zeros(rank), v.T
-    single.div_(scale)
-    if weight.shape[0] > weight.shape[1]:
-        v, sigma, ut = _block_krylov(single.T, rank)
-        return ut.T, sigma * scale, v.T
-    u, sigma, vt = _block_krylov(single, rank)
-    return u, sigma * scale, vt
+    operand = Operand(stored)
+    up, down = operand.times, operand.times_transpose
+    wide = weight.shape[0] <= weight.shape[1]
+    apply, back = (up, down) if wide else (down, up)
+    u, sigma, vt = _block_krylov(
+        lambda rows: apply(rows).div_(scale),
+        lambda rows: back(rows).div_(scale),
+        (min(weight.shape), max(weight.shape)),
+        rank,
+        weight.device,
+    )
+    return (u, sigma * scale, vt) if wide else (vt.T, sigma * scale, u.T)
 
 
 def _distinct_rows(
@@ -125,24 +134,29 @@ def _distinct_rows(
 
 
 def _block_krylov(
-    weight: torch.Tensor, rank: int
+    times: _Product,
+    times_transpose: _Product,
+    shape: tuple[int, int],
+    rank: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Triplets of a wide float32 matrix (n, m), n ≤ m, from a Krylov basis of WWᵀ.
+    """Triplets of a wide matrix W (n, m), n ≤ m, from a Krylov basis of WWᵀ.
 
+    ``times`` gives the rows xW (b, m) of rows x (b, n), ``times_transpose`` those of xWᵀ (b, n).
     The basis grows by blocks of orthonormal rows Q; its Gram matrix QW(QW)ᵀ gives the best
     triplets within it (Rayleigh-Ritz). A look at them costs as much as several blocks, so the
     next one waits until the residuals, which fall geometrically, should be small enough.
     """
-    size = weight.shape[0]
+    size, width = shape
     block, generator = rank + 8, torch.Generator().manual_seed(0)
-    start = torch.randn(block, weight.shape[1], generator=generator).to(weight.device)
-    basis, image = _Rows(size, weight), _Rows(weight.shape[1], weight)  # (k, n) and (k, m)
+    start = torch.randn(block, width, generator=generator).to(device)
+    basis, image = _Rows(size, device), _Rows(width, device)  # (k, n) and (k, m)
     look, seen = 4 * block, None
     while True:
-        found = multiply(image.last(block) if basis.count else start, weight.T)
+        found = times_transpose(image.last(block) if basis.count else start)
         fresh = _orthonormal(found, basis.all(), generator)
         basis.append(fresh)
-        image.append(multiply(fresh, weight))
+        image.append(times(fresh))
         full = basis.count + block > size
         if basis.count < look and not full:
             continue
@@ -152,7 +166,7 @@ def _block_krylov(
         top, shown = vectors[:, -rank:].flip(1), sigma[known]
         u = (basis.all().T @ top[:, known].float()).double()
         v = (image.all().T @ top[:, known].float()).double() / shown
-        residual = multiply(v.float().T, weight.T).double().T - u * shown
+        residual = times_transpose(v.float().T).double().T - u * shown
         largest = float((residual.norm(dim=0) / shown).max())
         if full or largest <= TOLERANCE:
             v = (image.all().double().T @ top[:, known]) / shown
@@ -172,9 +186,9 @@ def _completed(v: torch.Tensor, rank: int, generator: torch.Generator) -> torch.
 class _Rows:
     """Rows that are appended by blocks, in memory that grows by half."""
 
-    def __init__(self, length: int, like: torch.Tensor) -> None:
+    def __init__(self, length: int, device: torch.device) -> None:
         self.count = 0
-        self._held = like.new_empty(0, length)
+        self._held = torch.empty(0, length, device=device)
 
     def all(self) -> torch.Tensor:
         return self._held[: self.count]

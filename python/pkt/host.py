@@ -111,14 +111,18 @@ def multiplies_bfloat16() -> bool:
     return {"avx512bw", "avx512vl", "avx512dq"} <= flags or bool({"avx_ne_convert", "bf16"} & flags)
 
 
+def fuses_in_registers() -> bool:
+    """Whether the core's own products are fast: fused multiply-add in registers of 256 bits."""
+    return {"avx2", "fma"} <= _processor_flags()
+
+
 def multiplies_in_registers() -> bool:
     """Whether the core's own products of bfloat16 are the fastest way to weight gradients.
 
-    They want fused multiply-add in registers of 256 bits. A processor that multiplies whole tiles
-    of bfloat16 in one instruction (AMX) is left to oneDNN, which is many times faster there.
+    A processor that multiplies whole tiles of bfloat16 in one instruction (AMX) is left to oneDNN,
+    which is many times faster there.
     """
-    flags = _processor_flags()
-    return {"avx2", "fma"} <= flags and "amx_bf16" not in flags
+    return fuses_in_registers() and "amx_bf16" not in _processor_flags()
 
 
 def _processor_flags() -> set[str]:

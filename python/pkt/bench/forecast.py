@@ -8,6 +8,7 @@ which is the slower side and one layer of the other; in turn it takes L·(c + d)
 slots hold when the order turns round are not read again; with --spool-every K each segment but the
 last is read and run forward once more, by the steps of the sweep itself. Arithmetic and scoring
 share the cores and add; so does what reading itself asks of them, in copies out of the page cache.
+Windows are read while others are factorized: the slower of both counts.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def forecast(work: Work, pace: Pace) -> Forecast:
     if pace.ends:
         phases.append(Phase("ends", ends + pace.ends, ends, pace.ends))
     windows = work.window_bytes / pace.windows
-    factors = Phase("factors", windows + pace.factors, windows, pace.factors)
+    factors = Phase("factors", max(windows, pace.factors), windows, pace.factors)
     return Forecast((*phases, factors), _bound(phases, factors))
 
 

@@ -23,6 +23,7 @@ pub mod selection;
 pub mod sensitivity;
 mod simd;
 pub mod stream;
+pub mod thin;
 pub mod writer;
 
 /// How many cases of a property are tried: few under Miri, which is a thousand times slower.

@@ -12,6 +12,7 @@ mod merge;
 mod reader;
 mod selection;
 mod sensitivity;
+mod thin;
 mod writer;
 
 use pyo3::prelude::*;
@@ -28,6 +29,8 @@ mod _core {
     use super::selection::{Matrix, best_columns, random_weights, random_window, top_layers};
     #[pymodule_export]
     use super::sensitivity::{accumulate, accumulate_columns, accumulate_products, score_sum};
+    #[pymodule_export]
+    use super::thin::Packed;
     #[pymodule_export]
     use super::writer::Writer;
 }

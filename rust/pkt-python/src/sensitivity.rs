@@ -10,13 +10,13 @@ use crate::buffer::Memory;
 use crate::error::to_python;
 
 /// A tensor as it comes from Python: 16-bit floats as uint16, with their dtype's name.
-enum Tensor {
+pub enum Tensor {
     Half(Memory<u16>, bool),
     Single(Memory<f32>),
 }
 
 impl Tensor {
-    fn of(object: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Self> {
+    pub fn of(object: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Self> {
         match dtype {
             "BF16" => Ok(Self::Half(Memory::of(object)?, true)),
             "F16" => Ok(Self::Half(Memory::of(object)?, false)),
@@ -25,14 +25,14 @@ impl Tensor {
         }
     }
 
-    fn raw(&self) -> (*mut u8, usize) {
+    pub fn raw(&self) -> (*mut u8, usize) {
         match self {
             Self::Half(memory, _) => memory.raw(),
             Self::Single(memory) => memory.raw(),
         }
     }
 
-    fn values(&self) -> Values<'_> {
+    pub fn values(&self) -> Values<'_> {
         match self {
             Self::Half(memory, true) => Values::Bf16(memory.slice().reinterpret_cast()),
             Self::Half(memory, false) => Values::F16(memory.slice().reinterpret_cast()),

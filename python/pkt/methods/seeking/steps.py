@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -188,10 +189,38 @@ def extract_start(
     folder: Path,
     notify: Notify,
 ) -> Start:
-    """Cut the chosen part of every kept weight out of the files, and factorize it."""
+    """Cut the chosen part of every kept weight out of the files, and factorize it.
+
+    While one is factorized the next is read.
+    """
     start = Start()
     if task.config.select == "consistent":
         start.network = _network(task, [scores.records[layer] for layer in layers])
+    parts = _parts(task, skeleton, student, source, scores, layers, folder, start)
+    for index, name, weight, last in _one_ahead(parts):
+        start.factors[name] = _split(task.config, weight.to(source.device), name)
+        release_free_memory()
+        if last:
+            notify("factors", index + 1, len(layers))
+    if task.config.embeddings:
+        _ends(task, skeleton, student, source, scores.ends, start)
+    return start
+
+
+def _parts(
+    task: Task,
+    skeleton: Skeleton,
+    student: Skeleton,
+    source: CheckpointSource,
+    scores: Scores,
+    layers: Sequence[int],
+    folder: Path,
+    start: Start,
+) -> Iterator[tuple[int, str, torch.Tensor, bool]]:
+    """The weights of the student's modules in turn: layer, name, what was cut, if it is the last.
+
+    Windows and heat maps go to ``start``.
+    """
     for index, layer in enumerate(layers):
         record = scores.records[layer]
         windows: dict[str, Window] = {}
@@ -205,7 +234,8 @@ def extract_start(
                 windows[pair.key] = recorded_window(record, pair.key)
             start.windows[key] = windows[pair.key]
             start.heats[key] = recorded_heat(record, pair.key)
-        for module in dict.fromkeys(pair.student.module for pair in task.pairs):
+        modules = list(dict.fromkeys(pair.student.module for pair in task.pairs))
+        for module in modules:
             placed = [
                 (
                     _cut(task, source, layer, pair, windows[pair.key], folder),
@@ -215,14 +245,20 @@ def extract_start(
                 if pair.student.module == module
             ]
             height = task.student.checkpoint.layers[index][f"{module}.weight"].shape[0]
-            weight = stack_parts(placed, height)
             name = f"{student.layers_path}.{index}.{module}"
-            start.factors[name] = _split(task.config, weight.to(source.device), name)
-            release_free_memory()
-        notify("factors", index + 1, len(layers))
-    if task.config.embeddings:
-        _ends(task, skeleton, student, source, scores.ends, start)
-    return start
+            yield index, name, stack_parts(placed, height), module == modules[-1]
+
+
+_Item = TypeVar("_Item")
+
+
+def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The items, each made in a thread of its own while the one before it is in use."""
+    with ThreadPoolExecutor(1, "pkt-ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _network(task: Task, records: Sequence[Mapping[str, Any]]) -> Subnetwork:
