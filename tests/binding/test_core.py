@@ -51,6 +51,12 @@ for matrix in (_core.Matrix(scores, shape[1]), _core.Matrix(scores, shape[1], ro
 scores[rows] = 1.0  # many ties
 note(_core.Matrix(scores, shape[1]).top_weights(5000), _core.best_columns(sums, 200))
 note(_core.random_weights(1 << 20, 12345, 7), _core.random_window(shape, (300, 200), 7))
+packed = [_core.Packed(halves, "BF16", *shape), _core.Packed(weights.reshape(-1), "F32", *shape)]
+for each in packed:
+    there, back = np.empty(20 * shape[1], np.float32), np.empty(20 * shape[0], np.float32)
+    each.multiply(weights.reshape(-1)[: 20 * shape[0]], there, False)
+    each.multiply(there, back, True)
+    note(there, back)
 print(digest.hexdigest())
 """
 
@@ -180,6 +186,22 @@ def test_arrays_of_another_type_or_layout_are_refused() -> None:
         _core.accumulate(good, "F32", good, "F32", np.zeros(5, dtype=np.float32))
     with pytest.raises(ValueError, match="expected a gradient for each of 6 weights, found 3"):
         _core.accumulate(good, "F32", good[:3].copy(), "F32", np.zeros(6, dtype=np.float32))
+
+
+def test_products_that_do_not_fit_are_refused() -> None:
+    good, out = np.ones(6, dtype=np.float32), np.zeros(6, dtype=np.float32)
+    with pytest.raises(ValueError, match="found 6 elements"):
+        _core.Packed(good, "F32", 2, 4)
+    with pytest.raises(ValueError, match="found float16"):
+        _core.Packed(good.astype(np.float16).view(np.uint16), "F16", 2, 3)
+    packed = _core.Packed(good, "F32", 2, 3)
+    good[:] = 7.0  # what was laid out is its own
+    packed.multiply(np.ones(4, dtype=np.float32), out, False)
+    assert out.tolist() == [2.0] * 6
+    with pytest.raises(ValueError, match=r"\(b, 3\) rows and \(b, 2\) products, found 6 and 6"):
+        packed.multiply(good, out, True)
+    with pytest.raises(ValueError, match="overlap"):
+        packed.multiply(out[:2], out[:3], False)
 
 
 def test_the_matrix_keeps_its_scores_alive() -> None:

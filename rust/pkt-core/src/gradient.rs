@@ -356,8 +356,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cases;
     use crate::simd::every;
+    use crate::{cases, numbers};
 
     /// What the processor does with pairs, in plain Rust.
     struct Paired;
@@ -388,14 +388,8 @@ mod tests {
     }
 
     impl Case {
-        /// Numbers that differ from place to place, without a pattern that tiles could share.
         fn new(rows: usize, columns: usize, lengths: &[usize], seed: u32) -> Self {
-            let mut state = seed | 1;
-            let mut next = || {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / 8_388_608.0 - 1.0
-            };
-            let mut numbers = |count: usize| (0..count).map(|_| next()).collect::<Vec<f32>>();
+            let mut numbers = numbers(seed);
             let weights = numbers(rows * columns);
             let mut halves = |count| numbers(count).into_iter().map(bf16::from_f32).collect();
             let samples =

@@ -270,18 +270,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cases;
     use crate::simd::every;
-
-    /// Numbers that differ from place to place, without a pattern that tiles could share.
-    fn numbers(count: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed | 1;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / 8_388_608.0 - 1.0
-        };
-        (0..count).map(|_| next()).collect()
-    }
+    use crate::{cases, numbers};
 
     fn bits(values: &[f32]) -> Vec<u32> {
         values.iter().map(|value| value.to_bits()).collect()
@@ -304,7 +294,7 @@ mod tests {
 
     fn check(b: usize, n: usize, m: usize, seed: u32) {
         let (matrix, forth, back) =
-            (numbers(n * m, seed), numbers(b * n, seed ^ 5), numbers(b * m, seed ^ 9));
+            (numbers(seed)(n * m), numbers(seed ^ 5)(b * n), numbers(seed ^ 9)(b * m));
         let halves: Vec<bf16> = matrix.iter().map(|&value| bf16::from_f32(value)).collect();
         let stored = |half: bool, at: usize| if half { halves[at].to_f32() } else { matrix[at] };
         for (half, values) in [(true, Values::Bf16(&halves)), (false, Values::F32(&matrix))] {
@@ -338,7 +328,7 @@ mod tests {
     #[test]
     fn every_width_and_number_of_threads_gives_the_same_bits() {
         let (b, k, n) = (13, 150, 70);
-        let (matrix, rows) = (numbers(k * n, 1), numbers(b * k, 2));
+        let (matrix, rows) = (numbers(1)(k * n), numbers(3)(b * k));
         let found = every::thread_count(|| {
             let mut products = vec![0.0; b * n];
             let packed = Packed::new(Values::F32(&matrix), k, n).unwrap();
