@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from pkt import _core
-from pkt.products import bfloat16_products
+from pkt.products import bfloat16_products, multiply
 from pkt.sensitivity import accumulate, accumulate_products
+from pkt.thin import Operand
 from record import machine, write_record
 
 CHUNK = 1 << 20
@@ -84,6 +86,31 @@ def gradients() -> list[str]:
     ]
 
 
+def few_rows() -> list[str]:
+    """Rows by a window from either side, as factors need them, beside oneDNN and BLAS."""
+    shape, rows = (4096, 11008), 24
+    weight = (torch.randn(shape) / 50).bfloat16()
+    single, operand = weight.float(), Operand(weight)
+    lines = []
+    for name, depth, ours, matrix in (
+        ("W", shape[0], operand.times, single),
+        ("Wᵀ", shape[1], operand.times_transpose, single.T),
+    ):
+        x = torch.randn(rows, depth)
+        seconds = best(partial(ours, x))
+        onednn = best(partial(multiply, x, matrix))
+        blas = best(partial(torch.matmul, x, matrix))
+        rate = 2 * rows * weight.numel() / seconds / 1e12
+        lines.append(
+            f"{rows} rows · {name}, {shape[0]}×{shape[1]} bf16, laid out once: "
+            f"{seconds * 1e3:.1f} ms = {rate:.3f} TFLOP/s; W in float32 by oneDNN "
+            f"{onednn * 1e3:.1f} ms, by torch's BLAS {blas * 1e3:.1f} ms: "
+            f"{onednn / seconds:.2f} and {blas / seconds:.2f}× ours"
+        )
+    laid = best(lambda: Operand(weight), 3)
+    return [*lines, f"  laying W out for both: {laid * 1e3:.0f} ms"]
+
+
 def window() -> list[str]:
     size, part = 8192, 4096
     scores = torch.rand(size, size)
@@ -109,4 +136,4 @@ def window() -> list[str]:
 
 
 if __name__ == "__main__":
-    write_record("kernels", [machine(), *scoring(), *gradients(), *window()])
+    write_record("kernels", [machine(), *scoring(), *gradients(), *few_rows(), *window()])

@@ -39,9 +39,12 @@ impl Packed {
         let mut products = Memory::<f32>::writable(products)?;
         products.apart_from(rows.raw())?;
         let (rows, products) = (rows.slice(), products.slice_mut());
-        py.detach(|| match turned {
-            false => self.0.multiply(rows, products),
-            true => self.0.multiply_turned(rows, products),
+        py.detach(|| {
+            if turned {
+                self.0.multiply_turned(rows, products)
+            } else {
+                self.0.multiply(rows, products)
+            }
         })
         .map_err(to_python)
     }
