@@ -13,8 +13,8 @@ class Operand:
     """A matrix W (n, m) that is multiplied from the left by a few rows at a time.
 
     On a CPU with the registers for it W is laid out once for either side, in bfloat16 if it is
-    stored so, and products are chains of fused multiply-adds in float32 (`pkt_core::thin`): 1.4 to 2
-    times as fast as oneDNN's, which packs W for each. Elsewhere W is held in float32.
+    stored so, and products are chains of fused multiply-adds in float32 (`pkt_core::thin`): 1.4 to
+    2 times as fast as oneDNN's, which packs W for each. Elsewhere W is held in float32.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
