@@ -188,11 +188,8 @@ fn same_length(weights: Values, gradients: Values) -> Result<()> {
 }
 
 /// A float whose magnitude widens to f32 exactly, in operations that every SIMD width has.
-pub(crate) trait Element: Copy + Send + Sync {
-    /// Its absolute value, exactly.
+pub(crate) trait Element: Copy + Sync {
     fn magnitude(self) -> f32;
-    /// Itself, exactly.
-    fn single(self) -> f32;
 }
 
 impl Element for f32 {
@@ -200,22 +197,12 @@ impl Element for f32 {
     fn magnitude(self) -> f32 {
         self.abs()
     }
-
-    #[inline(always)]
-    fn single(self) -> f32 {
-        self
-    }
 }
 
 impl Element for bf16 {
     #[inline(always)]
     fn magnitude(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits() & 0x7fff) << 16)
-    }
-
-    #[inline(always)]
-    fn single(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 
@@ -229,11 +216,6 @@ impl Element for f16 {
         let normal = (bits << 13) + if bits < 0x7c00 { REBIAS } else { 2 * REBIAS };
         let subnormal = bits as f32 * f32::from_bits((127 - 24) << 23);
         if bits < 0x0400 { subnormal } else { f32::from_bits(normal) }
-    }
-
-    #[inline(always)]
-    fn single(self) -> f32 {
-        f32::from_bits(self.magnitude().to_bits() | u32::from(self.to_bits() & 0x8000) << 16)
     }
 }
 

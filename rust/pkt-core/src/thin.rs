@@ -14,7 +14,7 @@ use half::bf16;
 use half::slice::HalfBitsSliceExt;
 use rayon::prelude::*;
 
-use crate::sensitivity::{Element, Values};
+use crate::sensitivity::Values;
 use crate::simd::{self, Kernel, Width};
 use crate::{Error, Result};
 
@@ -24,6 +24,26 @@ const DEPTH: usize = 128;
 const COLUMNS: usize = 256;
 /// Columns of M that are turned at once: a cache line of each of a panel's rows.
 const TURNED: usize = 32;
+
+/// What a panel holds.
+trait Stored: Copy + Send + Sync {
+    /// Itself, exactly.
+    fn single(self) -> f32;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn single(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
 
 /// A matrix M (n, m), ready to be multiplied from the left by a few rows.
 #[derive(Clone, Debug)]
@@ -128,7 +148,7 @@ fn width() -> usize {
     }
 }
 
-fn lay_out<E: Element>(matrix: &[E], columns: usize, [across, down]: [&mut [E]; 2]) {
+fn lay_out<E: Stored>(matrix: &[E], columns: usize, [across, down]: [&mut [E]; 2]) {
     match simd::width() {
         Width::Avx512Bf16 | Width::Avx512 => pack::<E, 32>(matrix, columns, across, down),
         _ => pack::<E, 16>(matrix, columns, across, down),
@@ -136,12 +156,7 @@ fn lay_out<E: Element>(matrix: &[E], columns: usize, [across, down]: [&mut [E]; 
 }
 
 /// Panels of C columns of M, and of C of its rows: where those lack, what lies there stays.
-fn pack<E: Element, const C: usize>(
-    matrix: &[E],
-    columns: usize,
-    across: &mut [E],
-    down: &mut [E],
-) {
+fn pack<E: Stored, const C: usize>(matrix: &[E], columns: usize, across: &mut [E], down: &mut [E]) {
     let rows = matrix.len() / columns;
     across.par_chunks_mut(rows * COLUMNS).enumerate().for_each(|(task, panels)| {
         let (panels, first) = (panels.as_chunks_mut::<C>().0, task * COLUMNS);
@@ -166,7 +181,7 @@ fn pack<E: Element, const C: usize>(
     });
 }
 
-fn by_panels<E: Element>(
+fn by_panels<E: Stored>(
     panels: &[E],
     rows: &[f32],
     depth: usize,
@@ -182,7 +197,7 @@ fn by_panels<E: Element>(
 }
 
 /// Products in tiles of R × C, from panels of C columns.
-fn tiled<E: Element, const R: usize, const C: usize>(
+fn tiled<E: Stored, const R: usize, const C: usize>(
     panels: &[E],
     rows: &[f32],
     depth: usize,
@@ -221,7 +236,7 @@ struct Task<'a, E, const R: usize, const C: usize> {
     products: Vec<&'a mut [f32]>,
 }
 
-impl<E: Element, const R: usize, const C: usize> Kernel for Task<'_, E, R, C> {
+impl<E: Stored, const R: usize, const C: usize> Kernel for Task<'_, E, R, C> {
     type Output = ();
 
     #[inline(always)]
@@ -248,7 +263,7 @@ impl<E: Element, const R: usize, const C: usize> Kernel for Task<'_, E, R, C> {
 
 /// Adds the products of a block with a panel to `sums`.
 #[inline(always)]
-fn add<E: Element, const R: usize, const C: usize>(
+fn add<E: Stored, const R: usize, const C: usize>(
     block: &[[f32; R]],
     panel: &[[E; C]],
     sums: &mut [[f32; C]; R],
@@ -360,6 +375,36 @@ mod tests {
             add(self.block, self.panel, &mut sums);
             bits(sums.as_flattened())
         }
+    }
+
+    /// Panels and tiles of every processor, on whichever this is.
+    #[test]
+    fn narrow_and_wide_tiles_give_the_same_bits() {
+        let (b, k, n) = (13, 150, 70);
+        let (matrix, rows) = (numbers(5)(k * n), numbers(7)(b * k));
+        let expected = reference(&rows, k, n, |row, column| matrix[row * n + column]);
+        let turned: Vec<f32> = (0..k * n).map(|at| matrix[at % k * n + at / k]).collect();
+        for matrix in [(&matrix[..], n, 0), (&turned[..], k, 1)] {
+            assert!(by_tiles::<6, 16>(matrix, &rows, k, n) == expected);
+            assert!(by_tiles::<12, 32>(matrix, &rows, k, n) == expected);
+        }
+    }
+
+    /// Products with one side of what is laid out: of rows or of columns, whichever `side` says.
+    fn by_tiles<const R: usize, const C: usize>(
+        (matrix, stride, side): (&[f32], usize, usize),
+        rows: &[f32],
+        k: usize,
+        n: usize,
+    ) -> Vec<u32> {
+        let high = matrix.len() / stride;
+        let mut across = vec![0.0; high * stride.next_multiple_of(C)];
+        let mut down = vec![0.0; stride * high.next_multiple_of(C)];
+        pack::<f32, C>(matrix, stride, &mut across, &mut down);
+        let mut products = vec![f32::NAN; rows.len() / k * n];
+        let panels = if side == 0 { &across } else { &down };
+        tiled::<f32, R, C>(panels, rows, k, &mut products, n);
+        bits(&products)
     }
 
     #[test]
