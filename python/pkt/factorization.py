@@ -17,8 +17,10 @@ from pkt.thin import Operand
 _Product = Callable[[torch.Tensor], torch.Tensor]
 
 TOLERANCE = 3e-3  # of the residual ‖Wv − σu‖ / σ; σ itself is then right to its square or so
+GRADED = 0.03  # of the largest σ: below, what is left outside a basis is rounding soon
 NOISE = 1e-6  # of the largest σ: what float32 products leave where the matrix has no more rank
 HASHED = 256  # columns of which rows are compared first
+KEPT = 0.99  # of the length of a row of norm 1, where it had next to nothing in a basis
 FULL_BELOW = 384  # shorter sides this small are decomposed whole
 
 
@@ -145,34 +147,55 @@ def _block_krylov(
 
     ``times`` gives the rows xW (b, m) of rows x (b, n), ``times_transpose`` those of xWᵀ (b, n).
     The basis grows by blocks of orthonormal rows Q; its Gram matrix QW(QW)ᵀ gives the best
-    triplets within it (Rayleigh-Ritz). A look at them costs as much as several blocks, so the
-    next one waits until the residuals, which fall geometrically, should be small enough.
+    triplets within it (Rayleigh-Ritz). What QWWᵀ of the last block leaves outside the basis, which
+    the next block is made of, is what the residuals should be; before they count as small a
+    product of their own shows what they are.
     """
     size, width = shape
-    block, generator = rank + 8, torch.Generator().manual_seed(0)
+    block, generator = rank + 2, torch.Generator().manual_seed(0)
     start = torch.randn(block, width, generator=generator).to(device)
     basis, image = _Rows(size, device), _Rows(width, device)  # (k, n) and (k, m)
+    gram = torch.empty(0, 0, dtype=torch.float64, device=device)
+    found = outside = times_transpose(start)
     look, seen = 4 * block, None
     while True:
-        found = times_transpose(image.last(block) if basis.count else start)
-        fresh = _orthonormal(found, basis.all(), generator)
+        block = min(block, size - basis.count)
+        longest = found.norm(dim=1).max()
+        fresh = _orthonormal(outside[:block], longest, basis.all(), generator)
         basis.append(fresh)
         image.append(times(fresh))
-        full = basis.count + block > size
+        gram = _bordered(gram, image.last(block) @ image.all().T)
+        found = times_transpose(image.last(block))
+        outside = _outside(found, basis.all())
+        full = basis.count == size
         if basis.count < look and not full:
             continue
-        values, vectors = torch.linalg.eigh((image.all() @ image.all().T).double())
+        values, vectors = torch.linalg.eigh(gram)
         sigma = values[-rank:].flip(0).clamp_min(0).sqrt()
         known = sigma > NOISE * sigma[0]
         top, shown = vectors[:, -rank:].flip(1), sigma[known]
-        u = (basis.all().T @ top[:, known].float()).double()
-        v = (image.all().T @ top[:, known].float()).double() / shown
-        residual = times_transpose(v.float().T).double().T - u * shown
-        largest = float((residual.norm(dim=0) / shown).max())
-        if full or largest <= TOLERANCE:
-            v = (image.all().double().T @ top[:, known]) / shown
-            return basis.all().double().T @ top, sigma * known, _completed(v, rank, generator).T
+        expected = outside.double().T @ top[-block:, known] / shown**2
+        largest = float(expected.norm(dim=0).max())
+        if full or largest <= TOLERANCE or float(shown[-1]) < GRADED * float(shown[0]):
+            u, v = basis.all().T @ top.float(), image.all().T @ (top[:, known] / shown).float()
+            residual = times_transpose(v.T).T - u[:, known] * shown.float()
+            largest = float((residual.norm(dim=0) / shown).max())
+            if full or largest <= TOLERANCE:
+                break
         look, seen = _next_look(basis.count, largest, seen), (basis.count, largest)
+    u = basis.all().double().T @ top
+    v = image.all().double().T @ (top[:, known] / shown)
+    return u, sigma * known, _completed(v, rank, generator).T
+
+
+def _bordered(gram: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix (k, k), and its next rows (b, k + b) from which it grows to (k + b)²."""
+    inner, outer = len(gram), rows.shape[1]
+    grown = gram.new_empty(outer, outer)
+    grown[:inner, :inner] = gram
+    grown[inner:] = rows
+    grown[:inner, inner:] = rows[:, :inner].T
+    return grown
 
 
 def _completed(v: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
@@ -220,23 +243,28 @@ def _next_look(width: int, residual: float, before: tuple[int, float] | None) ->
     return min(max(width + int(steps * (width - before[0])), least), most)
 
 
-def _orthonormal(
-    rows: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """``rows`` made orthonormal, and orthogonal to the rows of ``basis``.
+def _outside(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """What ``rows`` have outside the span of the orthonormal rows of ``basis``."""
+    return rows - (rows @ basis.T) @ basis
 
-    Rows that lie in the span already (a rank-deficient matrix has no others left) are replaced
-    by random ones: what they find is then the null space, with σ = 0.
+
+def _orthonormal(
+    rows: torch.Tensor, before: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Orthonormal rows for ``rows``, which lay outside ``basis``; the largest was ``before`` long.
+
+    Rows that lay in the span but for rounding (a rank-deficient matrix has no others left) are
+    replaced by random ones: what they find is then the null space, with σ = 0. What rounding has
+    left of the span is removed until a removal shortens no row by much: once, nearly always.
     """
-    before = rows.norm(dim=1).max()
-    rows = rows - (rows @ basis.T) @ basis
     spent = rows.norm(dim=1) <= 1e-4 * before
     if bool(spent.any()):
         drawn = torch.randn(int(spent.sum()), rows.shape[1], generator=generator)
-        rows[spent] = drawn.to(rows.device)
-    for _ in range(2):
-        q, _ = torch.linalg.qr(rows.T)
-        rows = q.T - (q.T @ basis.T) @ basis
+        rows = rows.masked_scatter(spent[:, None], drawn.to(rows.device))
+    for _ in range(4):
+        rows = _outside(torch.linalg.qr(rows.T)[0].T, basis)
+        if float(rows.norm(dim=1).min()) > KEPT:
+            break
     made: torch.Tensor = torch.linalg.qr(rows.T)[0].T
     return made
 

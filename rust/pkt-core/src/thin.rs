@@ -190,7 +190,14 @@ fn by_panels<E: Stored>(
 ) {
     match simd::width() {
         Width::Avx512Bf16 | Width::Avx512 => {
-            tiled::<E, 12, 32>(panels, rows, depth, products, columns);
+            // 12 rows, or 9 where fewer of the last tile stay empty so: 18 are twice 9.
+            let count = rows.len() / depth;
+            let tiles = if count.next_multiple_of(9) < count.next_multiple_of(12) {
+                tiled::<E, 9, 32>
+            } else {
+                tiled::<E, 12, 32>
+            };
+            tiles(panels, rows, depth, products, columns);
         }
         _ => tiled::<E, 6, 16>(panels, rows, depth, products, columns),
     }
@@ -386,6 +393,7 @@ mod tests {
         let turned: Vec<f32> = (0..k * n).map(|at| matrix[at % k * n + at / k]).collect();
         for matrix in [(&matrix[..], n, 0), (&turned[..], k, 1)] {
             assert!(by_tiles::<6, 16>(matrix, &rows, k, n) == expected);
+            assert!(by_tiles::<9, 32>(matrix, &rows, k, n) == expected);
             assert!(by_tiles::<12, 32>(matrix, &rows, k, n) == expected);
         }
     }
