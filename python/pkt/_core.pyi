@@ -157,7 +157,10 @@ class Packed:
 
 @final
 class Matrix:
-    """A logical matrix over stored scores: a row map, and how many rows share a score."""
+    """A logical matrix over stored scores: a row map, and how many rows share a score.
+
+    The first call reads the scores to check them; they must stay as they are.
+    """
 
     def __new__(
         cls,

@@ -67,14 +67,16 @@ class Ranking:
         """Take note of one finished score matrix."""
         for cut in self._cuts:
             if cut.module == module:
-                bins, shape = heat(scores, cut)
+                matrix = logical_matrix(scores, cut)
+                bins = heat(matrix)
+                shape = matrix.shape
                 found = {"heat": {"shape": shape, "grid": bins.shape, "bins": _packed(bins, "<f4")}}
                 if self._select == "consistent":  # chosen once the kept layers are known
-                    rows, cols = (np.asarray(each) for each in _logical(scores, cut).sums())
+                    rows, cols = (np.asarray(each) for each in matrix.sums())
                     found["sums"] = {"rows": _packed(rows, "<f8"), "cols": _packed(cols, "<f8")}
                 else:
                     name = f"{self._layer_path}.{layer}.{cut.teacher}"
-                    window, mask = choose(scores, cut, name, self._select, self._seed)
+                    window, mask = choose(matrix, cut, name, self._select, self._seed)
                     if mask is not None:
                         self._keep_mask(mask_name(layer, cut.key), mask)
                     found["window"] = asdict(window)
@@ -115,14 +117,20 @@ def recorded_heat(record: Mapping[str, Any], key: str) -> Heat:
     return Heat(bins, *held["shape"])
 
 
+def logical_matrix(scores: NDArray[np.float32], cut: Cut) -> _core.Matrix:
+    """The teacher matrix that ``cut`` sees over stored scores (rows, columns), which must stay."""
+    rows = None if cut.rows is None else np.asarray(cut.rows, dtype=np.uint32)
+    return _core.Matrix(scores.reshape(-1), scores.shape[1], rows, cut.share)
+
+
 def choose(
-    scores: NDArray[np.float32], cut: Cut, name: str, select: Select, seed: int
+    matrix: _core.Matrix, cut: Cut, name: str, select: Select, seed: int
 ) -> tuple[Window, bytes | None]:
     """The part of one matrix that a strategy takes.
 
     Args:
-        scores: stored scores (rows, columns).
-        cut: the logical matrix over them and the size wanted.
+        matrix: the scores that ``cut`` sees.
+        cut: the size wanted.
         name: full name of the teacher's projection; mixed into the seed, so that matrices differ.
         select: strategy, but for ``consistent``, which no single matrix can decide; ``orthogonal``
             takes the window (its factors differ later).
@@ -133,7 +141,6 @@ def choose(
         least significant bit first.
 
     """
-    matrix = _logical(scores, cut)
     height, width = cut.shape
     if select in ("window", "orthogonal"):
         row, column, score = matrix.best_window(height, width)
@@ -176,12 +183,11 @@ def pick_layers(scores: Sequence[float], count: int, rule: LayerRule, seed: int)
     return list(_core.top_layers(list(scores), count))
 
 
-def heat(scores: NDArray[np.float32], cut: Cut) -> tuple[NDArray[np.float32], tuple[int, int]]:
-    """Mean score in a grid of at most 64 × 64 bins of the logical matrix, and its shape."""
-    matrix = _logical(scores, cut)
+def heat(matrix: _core.Matrix) -> NDArray[np.float32]:
+    """Mean score in a grid of at most 64 × 64 bins."""
     rows, columns = (min(HEAT_BINS, size) for size in matrix.shape)
     means: NDArray[Any] = np.asarray(matrix.bin_means(rows, columns), dtype=np.float32)
-    return means.reshape(rows, columns), matrix.shape
+    return means.reshape(rows, columns)
 
 
 def mask_indices(mask: bytes, start: int, stop: int) -> NDArray[np.int64]:
@@ -203,11 +209,6 @@ def mask_sha256(mask: bytes) -> str:
 def _packed(numbers: NDArray[Any], kind: str) -> str:
     """Little-endian numbers as base64, for a JSON record."""
     return base64.b64encode(numbers.astype(kind).tobytes()).decode()
-
-
-def _logical(scores: NDArray[np.float32], cut: Cut) -> _core.Matrix:
-    rows = None if cut.rows is None else np.asarray(cut.rows, dtype=np.uint32)
-    return _core.Matrix(scores.reshape(-1), scores.shape[1], rows, cut.share)
 
 
 def mix_seed(seed: int, name: str) -> int:

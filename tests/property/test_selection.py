@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pkt import _core
-from pkt.selection import Cut, choose, choose_columns, mask_indices, mask_sha256, pick_layers
+from pkt.selection import (
+    Cut,
+    choose,
+    choose_columns,
+    logical_matrix,
+    mask_indices,
+    mask_sha256,
+    pick_layers,
+)
 
 Array = NDArray[Any]
 UNIT = 2.0**-20  # of an integer score
@@ -179,7 +187,10 @@ def test_choose_records_places_and_their_sum(select: Any) -> None:
     draw = np.random.default_rng(6)
     scores = draw.random((9, 7), dtype=np.float32)
     rows = [8, 0, 1, 2, 5, 5, 5]
-    window, mask = choose(scores, cut_of((3, 4), rows, 2), "model.layers.0.m", select, 0)
+    cut = cut_of((3, 4), rows, 2)
+    matrix = logical_matrix(scores, cut)
+    window, mask = choose(matrix, cut, "model.layers.0.m", select, 0)
+    assert choose(matrix, cut, "model.layers.0.m", select, 0) == (window, mask), "read before"
     assert mask is None
     assert window.rows is not None
     assert window.cols is not None

@@ -15,7 +15,7 @@ import torch
 
 from pkt.products import bfloat16_products
 from pkt.records import Select
-from pkt.selection import Cut, choose
+from pkt.selection import Cut, choose, logical_matrix
 from pkt.sensitivity import LayerScores, accumulate
 
 TOKENS = 128  # of the seed whose gradient is made
@@ -97,7 +97,7 @@ def bench_window(
     part = window or (max(1, shape[0] // 2), max(1, shape[1] // 2))
     cut = Cut("matrix", "matrix", "matrix", part, None, 1)
     select: Select = "window"
-    seconds = best(lambda: choose(scores, cut, "matrix", select, 0))
+    seconds = best(lambda: choose(logical_matrix(scores, cut), cut, "matrix", select, 0))
     products = tuple(matmul(dtype, square) for dtype in (torch.bfloat16, torch.float32))
     return WindowRates(*shape, *part, seconds, products)
 

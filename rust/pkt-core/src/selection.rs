@@ -29,7 +29,7 @@ mod weights;
 mod window;
 
 pub use grid::bin_means;
-pub use matrix::Matrix;
+pub use matrix::{Fixed, Matrix};
 pub use random::{random_weights, random_window};
 pub use top::{cross_score, sums, top_columns, top_layers, top_rows};
 pub use weights::{mask_score, top_weights};

@@ -1,5 +1,7 @@
 //! Twin of `pkt_core::selection`.
 
+use std::sync::OnceLock;
+
 use pkt_core::selection as core;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -9,13 +11,15 @@ use crate::error::to_python;
 
 type Span = (usize, usize);
 
-/// A logical matrix over stored scores: a row map, and how many rows share a score.
+/// A logical matrix over stored scores: a row map, and how many rows share a score. The first call
+/// reads the scores to check them; they must stay as they are.
 #[pyclass(frozen, module = "pkt._core")]
 pub struct Matrix {
     scores: Memory<f32>,
     columns: usize,
     rows: Option<Memory<u32>>,
     share: u32,
+    fixed: OnceLock<core::Fixed>,
 }
 
 #[pymethods]
@@ -29,7 +33,7 @@ impl Matrix {
         share: u32,
     ) -> PyResult<Self> {
         let rows = rows.map(Memory::of).transpose()?;
-        Ok(Self { scores: Memory::of(scores)?, columns, rows, share })
+        Ok(Self { scores: Memory::of(scores)?, columns, rows, share, fixed: OnceLock::new() })
     }
 
     /// (rows, columns) of the logical matrix.
@@ -100,8 +104,15 @@ impl Matrix {
     ) -> PyResult<R> {
         let scores = self.scores.slice();
         let rows = self.rows.as_ref().map(Memory::slice);
-        py.detach(|| work(&core::Matrix::new(scores, self.columns, rows, self.share)?))
-            .map_err(to_python)
+        py.detach(|| {
+            let matrix = match self.fixed.get() {
+                Some(&fixed) => core::Matrix::again(scores, self.columns, rows, fixed)?,
+                None => core::Matrix::new(scores, self.columns, rows, self.share)?,
+            };
+            self.fixed.get_or_init(|| matrix.fixed());
+            work(&matrix)
+        })
+        .map_err(to_python)
     }
 }
 

@@ -38,14 +38,31 @@ impl<'a> Matrix<'a> {
         rows: Option<&'a [u32]>,
         share: u32,
     ) -> Result<Self> {
+        if share == 0 {
+            return Err(Error::Invalid("score matrix: expected a share of 1 or more".into()));
+        }
+        let fixed = Fixed { share: share as f32, scale: 1.0 };
+        let mut matrix = Self::again(scores, columns, rows, fixed)?;
+        matrix.fixed.scale = power_of_two(matrix.shift()?);
+        Ok(matrix)
+    }
+
+    /// The logical matrix over scores that [`Matrix::new`] has read before, by the fixed point that
+    /// it found for them. Of other scores the sums mean nothing.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if `scores` are not whole rows of `columns` elements, or a row is not there.
+    pub fn again(
+        scores: &'a [f32],
+        columns: usize,
+        rows: Option<&'a [u32]>,
+        fixed: Fixed,
+    ) -> Result<Self> {
         if columns == 0 || !scores.len().is_multiple_of(columns) {
             return Err(Error::Invalid(format!(
                 "score matrix: expected whole rows of {columns} > 0 columns, found {} scores",
                 scores.len()
             )));
-        }
-        if share == 0 {
-            return Err(Error::Invalid("score matrix: expected a share of 1 or more".into()));
         }
         let physical = scores.len() / columns;
         if let Some(&row) = rows.unwrap_or_default().iter().find(|&&row| row as usize >= physical) {
@@ -53,10 +70,7 @@ impl<'a> Matrix<'a> {
                 "score matrix: the row map names row {row} of {physical}"
             )));
         }
-        let fixed = Fixed { share: share as f32, scale: 1.0 };
-        let mut matrix = Self { scores, columns, rows, fixed };
-        matrix.fixed.scale = power_of_two(matrix.shift()?);
-        Ok(matrix)
+        Ok(Self { scores, columns, rows, fixed })
     }
 
     /// Number of logical rows.
@@ -76,7 +90,9 @@ impl<'a> Matrix<'a> {
         self.rows() * self.columns
     }
 
-    pub(super) fn fixed(&self) -> Fixed {
+    /// Its fixed point, for [`Matrix::again`].
+    #[must_use]
+    pub fn fixed(&self) -> Fixed {
         self.fixed
     }
 
@@ -165,7 +181,7 @@ pub(super) fn power_of_two(exponent: i32) -> f64 {
 
 /// Scores as integers: `round(score / share · 2^shift)`, ties to even.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Fixed {
+pub struct Fixed {
     share: f32,
     scale: f64,
 }
