@@ -27,14 +27,17 @@ demo: $(VENV)/.core ## install into .venv, run the main job on the built-in pair
 	$(BIN)/pkt demo $(DEMO)
 
 ##@ Develop
-.PHONY: test test-rust test-python
-test: test-rust test-python ## every test, Rust and Python
+.PHONY: test test-rust test-python test-all
+test: test-rust test-python ## the tests, Rust and Python; of laws over many cases a third
 
 test-rust: $(VENV)/.tools
 	cargo test --workspace $(LOCKED)
 
 test-python: $(VENV)/.core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
+
+test-all: PYTEST += -m ""
+test-all: test ## every case of every test; an hour
 
 .PHONY: check check-rust check-python
 check: check-rust check-python ## formatting, lints, types, stubs, import law

@@ -1,9 +1,10 @@
 """Extractions for the tests: quick ones in this process, and ones in processes that may be killed.
 
-Drawing the report takes most of a tiny run's seconds, so `pictureless` puts a digest of everything
-that the report would be drawn from into its place. A `Nursery` is a process that has imported all
-that an extraction needs and forks one child for each: a child starts at once, has thread pools of
-its own and may be killed at any moment.
+Drawing takes most of a tiny extraction's seconds, so `pictureless`, which holds in all tests but
+those that ask for the fixture ``pictures``, puts a digest of everything that pictures would be
+drawn from into their place. A `Nursery` is a process that has imported all that an extraction needs
+and forks one child for each: a child starts at once, has thread pools of its own and may be killed
+at any moment.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,33 +26,38 @@ from unittest import mock
 import pkt
 from pkt.api import execute, prepare
 from pkt.errors import PktError
+from pkt.records import Heat
+from pkt.report import pictures
 
 RUN_RECORD = "pkt_run.json"  # the one file of OUT that may differ between two equal runs
 
 
-def digest_report(
-    folder: Path,
+def digest_pictures(
     manifest: Mapping[str, Any],
-    heat: Mapping[str, Any],
+    heat: Mapping[str, Heat],
     spectra: Mapping[str, Sequence[float]],
-    energy: Mapping[str, float] | None = None,
-) -> Path:
-    """In place of `pkt.report.write_report`: the hash of what it is given."""
+    energy: Mapping[str, float],
+) -> dict[str, bytes]:
+    """In place of an extraction's pictures: one that is the hash of what they are drawn from."""
     digest = hashlib.sha256()
     for key in sorted(heat):
         digest.update(f"{key} {heat[key].rows} {heat[key].cols} {heat[key].bins.shape}".encode())
         digest.update(heat[key].bins.tobytes())
     digest.update(json.dumps([manifest, dict(spectra), energy], sort_keys=True).encode())
-    folder.mkdir(exist_ok=True)
-    page = folder / "index.html"
-    page.write_text(digest.hexdigest())
-    return page
+    return {"digest.png": digest.digest()}
 
 
 @contextmanager
 def pictureless() -> Iterator[None]:
     """Extractions inside the block draw no pictures."""
-    with mock.patch("pkt.methods.seeking.write_report", digest_report):
+    with mock.patch("pkt.report.draw", digest_pictures):
+        yield
+
+
+@contextmanager
+def with_pictures() -> Iterator[None]:
+    """Extractions inside the block draw theirs, as they do for users."""
+    with mock.patch("pkt.report.draw", pictures.draw):
         yield
 
 
@@ -63,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Nursery:
-    """Runs `pkt.extract` or `pkt.train` in forked processes, one at a time, in a with block."""
+    """Runs `pkt.extract`, `pkt.train` or a program in forked processes, one at a time."""
 
     def __enter__(self) -> Nursery:
         self._process = subprocess.Popen(
@@ -107,6 +115,17 @@ class Nursery:
         self.start(*paths, **options)
         return self.finish()
 
+    def program(self, source: str, *words: object) -> tuple[int, str, str]:
+        """Exit code and what it prints of ``python -c source words…``, pictures and all."""
+        assert self._process.stdin
+        order = {"source": source, "words": [str(word) for word in words]}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        self._line()
+        code, text = self.finish()
+        out, err = json.loads(text) if text else ("", "")
+        return code, out, err
+
     def _line(self) -> str:
         assert self._process.stdout
         return self._process.stdout.readline().strip()
@@ -148,7 +167,31 @@ def _made(call: str, paths: Sequence[str], options: dict[str, Any]) -> Any:
     return execute(replace(task, plan=replace(task.plan, **plan)), Path(paths[-1]))
 
 
+def _run_program(source: str, words: Sequence[str]) -> tuple[int, str]:
+    """Exit code, and as JSON what went to stdout and to stderr."""
+    code, sys.argv = 0, ["-c", *words]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        printed = []
+        for file in (out, err):
+            file.seek(0)
+            printed.append(file.read())
+        return code, json.dumps(printed)
+
+
 def _obey(order: Mapping[str, Any]) -> tuple[int, str]:
+    if "source" in order:
+        return _run_program(order["source"], order["words"])
     os.environ.update(order["env"])
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     try:

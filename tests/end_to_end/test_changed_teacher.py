@@ -7,12 +7,12 @@ of its own, so that a signal would end it and not the tests.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import runs
 from commands import Inputs, Result, build_inputs, result_bytes
 
 # argv: what to do, to which file, and the command.
@@ -48,22 +48,39 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return build_inputs(tmp_path_factory.mktemp("inputs"), layers=8)
 
 
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[runs.Nursery]:
+    with runs.Nursery() as nursery:
+        yield nursery
+
+
 @pytest.fixture
 def copied(inputs: Inputs, tmp_path: Path) -> Inputs:
     shutil.copytree(inputs.teacher, tmp_path / "teacher")
     return Inputs(tmp_path / "teacher", inputs.student, inputs.seeds)
 
 
-def extract(inputs: Inputs, out: Path, change: str, io: str) -> Result:
-    words = [change, inputs.teacher / "model.safetensors", "extract", *inputs.options()]
-    few = ["-o", out, "--rank", 2, "--limit", 2, "--targets", "q", "--io", io]
-    command = [sys.executable, "-c", SCRIPT, *map(str, [*words, *few])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    return Result(done.returncode, done.stdout, done.stderr)
+class Command:
+    """Runs `pkt extract`, and changes the teacher's file while it reads."""
+
+    def __init__(self, nursery: runs.Nursery) -> None:
+        self._nursery = nursery
+
+    def __call__(self, inputs: Inputs, out: Path, change: str, io: str) -> Result:
+        words = [change, inputs.teacher / "model.safetensors", "extract", *inputs.options()]
+        few = ["-o", out, "--rank", 2, "--limit", 2, "--targets", "q", "--io", io]
+        return Result(*self._nursery.program(SCRIPT, *words, *few))
+
+
+@pytest.fixture(scope="module")
+def extract(nursery: runs.Nursery) -> Command:
+    return Command(nursery)
 
 
 @pytest.mark.parametrize("io", ["mmap", "buffered", "direct"])
-def test_a_teacher_cut_short_in_the_middle(copied: Inputs, tmp_path: Path, io: str) -> None:
+def test_a_teacher_cut_short_in_the_middle(
+    copied: Inputs, tmp_path: Path, io: str, extract: Command
+) -> None:
     file = copied.teacher / "model.safetensors"
     size = file.stat().st_size
     ended = extract(copied, tmp_path / "out", "cut", io)
@@ -72,7 +89,9 @@ def test_a_teacher_cut_short_in_the_middle(copied: Inputs, tmp_path: Path, io: s
     assert "Traceback" not in ended.err
 
 
-def test_a_teacher_written_to_and_put_back(inputs: Inputs, copied: Inputs, tmp_path: Path) -> None:
+def test_a_teacher_written_to_and_put_back(
+    inputs: Inputs, copied: Inputs, tmp_path: Path, extract: Command
+) -> None:
     out, file = tmp_path / "out", copied.teacher / "model.safetensors"
     ended = extract(copied, out, "write", "mmap")
     assert ended.code == 1
@@ -90,7 +109,9 @@ def test_a_teacher_written_to_and_put_back(inputs: Inputs, copied: Inputs, tmp_p
     assert result_bytes(out) == result_bytes(tmp_path / "at once")
 
 
-def test_a_teacher_that_another_file_is_renamed_over(copied: Inputs, tmp_path: Path) -> None:
+def test_a_teacher_that_another_file_is_renamed_over(
+    copied: Inputs, tmp_path: Path, extract: Command
+) -> None:
     """The files that were opened are read to their end, whatever their names now mean."""
     assert extract(copied, tmp_path / "before", "nothing", "mmap").code == 0
     assert extract(copied, tmp_path / "out", "replace", "mmap").code == 0

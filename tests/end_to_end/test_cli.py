@@ -21,6 +21,7 @@ from commands import Inputs, Result, build_inputs, pkt, result_bytes, write_seed
 from pkt.cli import demo as demo_command
 from pkt.cli.interrupts import Interruption, Interrupts
 from pkt.cli.progress import Progress
+from runs import with_pictures
 
 COMMANDS = ("inspect", "extract", "align", "train", "eval", "compare", "bench", "env", "demo")
 
@@ -508,11 +509,14 @@ def demonstrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
     folder, here = tmp_path_factory.mktemp("demo"), Path.cwd()
     os.chdir(folder)
     try:
-        yield folder, pkt("demo")
+        with with_pictures():
+            shown = pkt("demo")
+        yield folder, shown
     finally:
         os.chdir(here)
 
 
+@pytest.mark.slow  # CI runs the wheel's
 def test_demo_shows_the_whole_job(demonstrated: tuple[Path, Result]) -> None:
     folder, shown = demonstrated
     assert shown.code == 0, shown.err
@@ -539,6 +543,7 @@ def test_demo_shows_the_whole_job(demonstrated: tuple[Path, Result]) -> None:
     assert (folder / "pkt-demo" / "LICENCE.md").is_file()
 
 
+@pytest.mark.slow
 def test_demo_again_finds_its_result(demonstrated: tuple[Path, Result]) -> None:
     again = pkt("demo", "--json")
     assert again.code == 0
@@ -546,6 +551,7 @@ def test_demo_again_finds_its_result(demonstrated: tuple[Path, Result]) -> None:
     assert json.loads(again.out)["output_dir"] == "pkt-demo"
 
 
+@pytest.mark.slow
 def test_the_commands_that_demo_names_are_the_same_runs(
     demonstrated: tuple[Path, Result],
 ) -> None:

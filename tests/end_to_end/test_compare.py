@@ -8,7 +8,6 @@ import shutil
 import pytest
 
 from commands import Inputs, build_inputs, pkt
-from runs import pictureless
 
 QUICK = ("--rank", 2, "--steps", 2, "--batch-size", 2, "--lrs", "1e-3", "--repeats", 2, "-q")
 
@@ -20,8 +19,7 @@ def inputs(tmp_path_factory) -> Inputs:
 
 def compare(inputs: Inputs, out, *more: object):
     data = ("--data", inputs.seeds, "--eval-data", inputs.seeds)
-    with pictureless():
-        return pkt("compare", *inputs.options(), *data, "-o", out, *QUICK, *more)
+    return pkt("compare", *inputs.options(), *data, "-o", out, *QUICK, *more)
 
 
 def test_a_comparison_and_its_extension(inputs, tmp_path):
@@ -80,6 +78,7 @@ def test_an_interrupted_comparison_ends_the_same(inputs, tmp_path):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_vary(inputs, tmp_path):
     made = compare(inputs, tmp_path / "out", "--vary", "rank", "--values", "1,2", "--json")
     assert made.code == 0, made.err
@@ -136,6 +135,7 @@ def test_arms_that_learn_from_the_teachers_logits(inputs, tmp_path):
     assert "extracts nothing" in refused.error
 
 
+@pytest.mark.slow
 def test_arms_that_learn_from_the_teachers_activations(inputs, tmp_path):
     out = tmp_path / "out"
     arms = "lora,semalign-v1,lora-as-v1,semalign-v2,semalign-acl,hidden-mse,lora-as-v2"

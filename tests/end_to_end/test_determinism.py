@@ -52,12 +52,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         yield Case(tmp_path_factory.mktemp("determinism"), nursery)
 
 
-@pytest.fixture
-def quick() -> Iterator[None]:
-    with runs.pictureless():
-        yield
-
-
+@pytest.mark.usefixtures("pictures")
 def test_two_runs_write_the_same_files_pictures_too(case: Case) -> None:
     first = case.extract(io="mmap", embeddings=True)
     second = case.extract(io="direct", embeddings=True, max_ram="8GiB")
@@ -70,7 +65,6 @@ def test_two_runs_write_the_same_files_pictures_too(case: Case) -> None:
     assert sum(name.endswith(".png") for name in ours) == 6  # scores, spectra, 3 layers, ends
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("select", ["window", "rows-cols", "consistent", "random-weights"])
 def test_reading_modes_give_the_same_bytes(select: str, case: Case) -> None:
     made = {
@@ -83,7 +77,6 @@ def test_reading_modes_give_the_same_bytes(select: str, case: Case) -> None:
     assert all(files == found[0] for files in found)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -113,7 +106,6 @@ def test_every_setting_of_the_plan_gives_the_same_bytes(
     assert all(files == found[0] for files in found)
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_smallest_budget_gives_the_same_bytes(case: Case) -> None:
     task = prepare(str(case.teacher), str(case.student), case.seeds, rank=RANK)
     smallest = f"{task.plan.smallest_bytes >> 20}MiB"
@@ -136,7 +128,6 @@ def test_kernel_threads_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
     assert all(files == found[0] for files in found)
 
 
-@pytest.mark.usefixtures("quick")
 def test_another_process_gives_the_same_bytes(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text = case.nursery.run(case.teacher, case.student, case.seeds, out, rank=RANK)
@@ -144,7 +135,6 @@ def test_another_process_gives_the_same_bytes(case: Case, tmp_path: Path) -> Non
     assert runs.contents(out) == runs.contents(case.extract().folder)
 
 
-@pytest.mark.usefixtures("quick")
 def test_shards_change_the_hash_of_the_teacher_alone(case: Case) -> None:
     one, several = (
         case.extract(embeddings=True),
@@ -158,7 +148,6 @@ def test_shards_change_the_hash_of_the_teacher_alone(case: Case) -> None:
     assert first == second
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_manifest_holds_no_path_time_or_host(case: Case, tmp_path: Path) -> None:
     """The same files elsewhere, under other names, give the same manifest."""
     elsewhere = tmp_path / "moved"
@@ -195,7 +184,6 @@ def window_bytes(made: Extraction, item: int) -> int:
 LAST = ("model.layers.2.", "model.layers.3.")
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("io", ["mmap", "buffered"])
 @pytest.mark.parametrize("teacher", ["teacher", "sharded"])
 def test_bytes_read_are_two_passes_and_the_windows(
@@ -223,7 +211,6 @@ def test_bytes_read_are_two_passes_and_the_windows(
     assert made["few"].run["bytes_read"] == made["many"].run["bytes_read"]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("tied", [False, True])
 def test_ends_are_read_again_but_no_layer(tied: bool, tmp_path: Path) -> None:
     """Embedding and head: once more each for their scores, and their windows."""
@@ -245,7 +232,6 @@ def test_ends_are_read_again_but_no_layer(tied: bool, tmp_path: Path) -> None:
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_resumed_run_reads_only_what_it_still_needs(case: Case, tmp_path: Path) -> None:
     def notify(phase: str, done: int, total: int) -> None:
         if (phase, done) == ("backward", 2):
@@ -261,7 +247,6 @@ def test_a_resumed_run_reads_only_what_it_still_needs(case: Case, tmp_path: Path
     assert made.run["bytes_read"] == left + norm + window_bytes(made, item=2)
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_run_record_tells_what_it_cost(case: Case) -> None:
     run = json.loads((case.extract().folder / "pkt_run.json").read_text())
     assert run["seconds"].keys() >= {"skeleton", "embed", "forward", "head", "backward", "factors",

@@ -25,7 +25,6 @@ import pkt.methods.exporting
 import tiny
 from commands import Result, build_inputs
 from commands import pkt as command
-from runs import pictureless
 
 torch.set_num_threads(1)
 IDS = [[1, 17, 30, 5, 99, 64, 2, 41]]
@@ -49,10 +48,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("made")
     inputs = build_inputs(root)
     other = tiny.build("llama", root / "other", "student", vocab=128, intermediate=48)
-    with pictureless():
-        pkt.extract(
-            str(inputs.teacher), str(inputs.student), inputs.seeds, root / "start", rank=4,
-        )  # fmt: skip
+    pkt.extract(
+        str(inputs.teacher), str(inputs.student), inputs.seeds, root / "start", rank=4,
+    )  # fmt: skip
     pkt.train(
         str(inputs.student), inputs.seeds, root / "tuned", init=str(root / "start"), max_steps=2,
         batch_size=2, gradient_checkpointing=False,

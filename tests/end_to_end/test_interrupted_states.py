@@ -157,6 +157,7 @@ def test_damaged_work_is_made_again(
     "case",
     [case if case == "span" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_bytes(
     case: str, pair: Path, tmp_path: Path
 ) -> None:

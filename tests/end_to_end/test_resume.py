@@ -83,7 +83,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    with runs.pictureless(), runs.Nursery() as nursery:
+    with runs.Nursery() as nursery:
         yield Case(tmp_path_factory.mktemp("resume"), nursery)
 
 

@@ -335,6 +335,7 @@ def test_a_disk_that_takes_no_more_costs_nothing_that_is_finished(
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(bench: Bench, tmp_path: Path) -> None:
     words = [
         "--student", bench.inputs.student, "--data", bench.data, *QUICK, "--dropout", 0,

@@ -20,7 +20,7 @@ import pytest
 import tiny
 from commands import Inputs, build_inputs, pkt, write_seeds
 from pkt.training.checkpoints import COMPLETE, mark_complete, newest_complete
-from runs import Nursery, contents, pictureless
+from runs import Nursery, contents
 
 QUICK = ("--max-steps", 6, "--batch-size", 4, "--micro-batch", 2, "--lr", "1e-2",
          "--no-gradient-checkpointing", "-q")  # fmt: skip
@@ -32,8 +32,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.inputs: Inputs = build_inputs(folder, seeds=12)
         self.start = folder / "start"
-        with pictureless():
-            made = pkt("extract", *self.inputs.options(), "--rank", 4, "-o", self.start, "-q")
+        made = pkt("extract", *self.inputs.options(), "--rank", 4, "-o", self.start, "-q")
         assert made.code == 0, made.err
         self.data = self.inputs.seeds
 

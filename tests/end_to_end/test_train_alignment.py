@@ -120,6 +120,7 @@ def test_default_output_losses(bench: Bench) -> None:
     "objective",
     ["v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v1", "acl"))],
 )
+@pytest.mark.slow
 def test_killed_and_continued_ends_with_the_same_bytes(
     bench: Bench, objective: str, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_exported_and_evaluated(bench: Bench, tmp_path: Path) -> None:
     assert scored.code == 0, scored.err
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(bench: Bench, tmp_path: Path) -> None:
     given = bench.given("v1", max_steps=3, output_loss="kl")
     given["teacher_targets"] = str(given["teacher_targets"])

@@ -6,7 +6,6 @@ and a model that was planted in a larger one comes back whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,6 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fused blocks": ("gpt_neox", {}, {}),
     "fused blocks, half of a head turns": ("gpt_neox", {"hidden": 96}, {"heads": 4}),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with runs.pictureless():
-        yield
 
 
 def extract(folder: Path, *, out: str = "out", **options: Any) -> pkt.records.Extraction:

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 import pkt
 import tiny
-from runs import pictureless
 from test_extract import build_pair, write_seeds
 
 torch.set_num_threads(1)
@@ -77,11 +76,10 @@ def extracted(folder: Path, family: str, **options: Any) -> tuple[Path, Path]:
     embeddings = options.pop("embeddings", False)
     teacher, student = build_pair(folder, family, family, **options)
     seeds = write_seeds(folder / "seeds.jsonl", count=2)
-    with pictureless():
-        pkt.extract(
-            str(teacher), str(student), seeds, folder / "start", rank=RANK, embeddings=embeddings,
-            template="none", layers="last",
-        )  # fmt: skip
+    pkt.extract(
+        str(teacher), str(student), seeds, folder / "start", rank=RANK, embeddings=embeddings,
+        template="none", layers="last",
+    )  # fmt: skip
     return student, folder / "start"
 
 

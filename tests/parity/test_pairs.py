@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pkt
 import reference
-import runs
 import tiny
 from pkt.errors import IncompatibleError, UsageError
 from test_extract import RANK, build_pair, compare, run_both, write_seeds
@@ -22,12 +20,6 @@ from test_extract import RANK, build_pair, compare, run_both, write_seeds
 torch.set_num_threads(1)
 GROUPED = {"heads": 8, "kv_heads": 2, "hidden": 64}  # 16 rows of k and v, expanded to 64
 UNGROUPED = {"heads": 4, "kv_heads": 4, "hidden": 32}
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with runs.pictureless():
-        yield
 
 
 def extract(folder: Path, teacher: Path, student: Path, **options: Any) -> pkt.records.Extraction:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import pkt
 import reference
-import runs
 from pkt.errors import CheckpointError
 from test_extract import RANK, build_pair, compare, run_both, write_seeds
 
 torch.set_num_threads(1)
 Tensors = dict[str, torch.Tensor]
 ADAPTER = "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with runs.pictureless():
-        yield
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,8 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with runs.pictureless():
-        yield Bench(tmp_path_factory.mktemp("strategies"))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("strategies"))
 
 
 def product(made: Extraction, name: str) -> torch.Tensor:
@@ -88,8 +86,7 @@ def test_rows_columns_and_weights_equal_full_autograd(
     select: str, family: str, tmp_path: Path
 ) -> None:
     teacher, student = build_pair(tmp_path, family, family)
-    with runs.pictureless():
-        made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32", select=select)
+    made, wanted, _ = run_both(tmp_path, teacher, student, dtype="float32", select=select)
     compare(made, wanted)
     modules = wanted["modules"]
     for key, window in made.manifest["windows"].items():

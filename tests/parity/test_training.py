@@ -25,7 +25,6 @@ from pkt.api import prepare_training
 from pkt.methods.tuning.model import begin, load_student
 from pkt.records import LowRank
 from pkt.training import compare_logits, first_logits, inject
-from runs import pictureless
 from test_extract import build_pair, write_seeds
 
 RANK = 4
@@ -42,11 +41,10 @@ def extracted(folder: Path, family: str, embeddings: bool = False, **both: Any) 
     """A pair, its texts and its start."""
     teacher, student = build_pair(folder, family, family, **both)
     seeds = write_seeds(folder / "seeds.jsonl", count=8)
-    with pictureless():
-        pkt.extract(
-            str(teacher), str(student), seeds, folder / "start", rank=RANK, embeddings=embeddings,
-            template="none", layers="last",
-        )  # fmt: skip
+    pkt.extract(
+        str(teacher), str(student), seeds, folder / "start", rank=RANK, embeddings=embeddings,
+        template="none", layers="last",
+    )  # fmt: skip
     return {"student": student, "data": seeds, "init": folder / "start"}
 
 

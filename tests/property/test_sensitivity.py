@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 
 import pkt
 import reference
-import runs
 from pkt.sensitivity import (
     LayerScores,
     accumulate,
@@ -26,12 +24,6 @@ from test_extract import RANK, build_pair, compare, write_seeds
 
 torch.set_num_threads(1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with runs.pictureless():
-        yield
 
 
 def observer(elements: int) -> tuple[LayerScores, dict[str, Any]]:

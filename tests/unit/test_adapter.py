@@ -32,8 +32,7 @@ def made_for(folder: Path, family: str, **options: Any) -> tuple[Path, Path]:
     teacher, student = build_pair(folder, family, family, **models)
     seeds = write_seeds(folder / "seeds.jsonl", count=2)
     options = {"rank": RANK, "dtype": "float32", **options}
-    with runs.pictureless():
-        made = pkt.extract(str(teacher), str(student), seeds, folder / "out", **options)
+    made = pkt.extract(str(teacher), str(student), seeds, folder / "out", **options)
     return student, made.folder
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import pkt
-import runs
 from pkt.api import free_device_bytes, require_device_fit, require_fit
 from pkt.errors import BudgetError, UsageError
 from pkt.models import Model, open_model
@@ -157,8 +156,7 @@ def test_read_and_adapter_bytes_are_those_of_the_run(embeddings: bool, tmp_path:
     teacher, student = build_pair(tmp_path, "llama", "llama", tied=False)
     seeds = write_seeds(tmp_path / "seeds.jsonl")
     task = pkt.api.prepare(str(teacher), str(student), seeds, rank=4, embeddings=embeddings)
-    with runs.pictureless():
-        made = pkt.api.execute(task, tmp_path / "out", io="mmap")
+    made = pkt.api.execute(task, tmp_path / "out", io="mmap")
     norm = 48 * 4
     assert task.plan.read_bytes == pytest.approx(made.run["bytes_read"], abs=4 * norm)
     size = (made.folder / "adapter_model.safetensors").stat().st_size
@@ -172,8 +170,7 @@ def test_reading_of_crossed_windows_stays_within_the_plan(select: Any, tmp_path:
     seeds = write_seeds(tmp_path / "seeds.jsonl")
     options = {"rank": 4, "embeddings": True, "select": select}
     task = pkt.api.prepare(str(teacher), str(student), seeds, **options)
-    with runs.pictureless():
-        made = pkt.api.execute(task, tmp_path / "out", io="mmap")
+    made = pkt.api.execute(task, tmp_path / "out", io="mmap")
     norm, read = 48 * 4, made.run["bytes_read"]
     assert 0.9 * task.plan.read_bytes < read < task.plan.read_bytes + 4 * norm
 
@@ -201,8 +198,7 @@ def test_the_work_folder_stays_within_the_plan(every: int, slots: int, tmp_path:
         files = [path for path in (out / ".work" / "spool").iterdir() if path.suffix == ".bin"]
         sizes.append(sum(path.stat().st_size for path in files))
 
-    with runs.pictureless():
-        made = pkt.api.execute(task, out, notify=notify, io="mmap")
+    made = pkt.api.execute(task, out, notify=notify, io="mmap")
     block = task.seeds.tokens * 48 * 4
     assert task.plan.spool_bytes - 2 * block < max(sizes) + block <= task.plan.spool_bytes
     assert phases.count("again") == task.plan.recomputed_layers

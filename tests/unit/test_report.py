@@ -16,6 +16,7 @@ from pkt.errors import OutputError
 from pkt.records import Heat
 from pkt.report import pictures, write_report
 
+pytestmark = pytest.mark.usefixtures("pictures")
 SHAPES = {
     "self_attn.qkv_proj#q": (64, 64, 32, 32),
     "self_attn.qkv_proj#k": (32, 64, 16, 32),
