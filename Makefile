@@ -34,7 +34,7 @@ test-rust: $(VENV)/.tools
 	cargo test --workspace $(LOCKED)
 
 test-python: $(VENV)/.core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 test-all: PYTEST += -m ""
 test-all: test ## every case of every test; an hour
