@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from zlib import crc32
 
 import pytest
 
@@ -11,21 +12,24 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 LAWS = ("parity", "end_to_end")  # folders whose tests run whole models
+CHEAP = ("test_cli.py", "test_bad_input.py", "test_changed_teacher.py")  # but these, by the case
 EACH = 3
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Of a law over more than two cases each third is quick, the others are slow.
+    """Of a law over more than two cases about a third is quick, the others are slow.
 
-    ``-m ""`` runs them all.
+    The first, and those that the checksum of their name says: an even step would take the same
+    option each time where cases are products. ``-m ""`` runs them all.
     """
     cases = Counter(_law(item) for item in items)
     seen: Counter[str] = Counter()
     for item in items:
         law = _law(item)
-        if item.path.parent.name in LAWS and cases[law] > 2 and "slow" not in item.keywords:
-            if seen[law] % EACH:
+        large = item.path.parent.name in LAWS and item.path.name not in CHEAP and cases[law] > 2
+        if large and "slow" not in item.keywords:
+            if seen[law] and crc32(item.nodeid.encode()) % EACH:
                 item.add_marker("slow")
             seen[law] += 1
 
