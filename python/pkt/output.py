@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pkt.durable import read_record, write_record
 from pkt.errors import IncompatibleError, OutputError
 from pkt.workplace import WORK, drop_tensors
 
@@ -39,6 +40,10 @@ def finished(
     """The manifest in ``folder`` if it is of this very run and every result is there."""
     if any(not (folder / name).exists() for name in (*results, "pkt_run.json", MANIFEST)):
         return None
+    if not _is_json(folder / "pkt_run.json"):
+        return None
+    if not all(_is_whole(folder / name) for name in results if name.endswith(".safetensors")):
+        return None
     manifest = _manifest_of(folder, identity)
     if manifest is not None and (folder / WORK).is_dir():  # killed while it was cleaning up:
         drop_tensors(folder / WORK)  # the manifest is written last
@@ -58,6 +63,25 @@ def _manifest_of(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | 
         if key in manifest or key not in _OF_WORK
     )
     return manifest if same else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, path.stat().st_size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        return bool(path.stat().st_size == 8 + size + max(ends, default=0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return False
 
 
 @contextlib.contextmanager
@@ -91,19 +115,25 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
                 f"{', '.join((foreign or found)[:3])}{extra}",
                 "choose another -o" + ("" if foreign else ", or add --overwrite"),
             )
+    continued = False
     try:
         work.mkdir(exist_ok=True)
         with locked(work):
-            _claim(folder, work, identity, overwrite)
+            continued = _claim(folder, work, identity, overwrite)
             yield work
+        with contextlib.suppress(OSError):  # a network's disk keeps what was open in it until now
+            work.rmdir()
     except IncompatibleError:  # a family that cannot be swept: nothing here is worth keeping
-        drop_tensors(work)
-        shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        if not continued:
+            drop_tensors(work)
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    except BrokenPipeError:
         raise
     except OSError as error:
-        if error.filename and not str(error.filename).startswith(str(folder)):
+        if error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(folder):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -132,39 +162,39 @@ def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:
             os.fsync(file.fileno())
         temporary.rename(folder / name)
     drop_tensors(folder / WORK)
-    shutil.rmtree(folder / WORK)
+    shutil.rmtree(folder / WORK, ignore_errors=True)  # a network's disk has the lock still open
 
 
-def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
+    """Make the work folder that of this run; whether it was so already."""
     state = work / "run.json"
     wanted = json.loads(json.dumps(identity))
-    try:
-        held = json.loads(state.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        held = None
-    except ValueError:
-        held = {}
-    if held is not None and held != wanted:
-        if not overwrite:
-            changed = ", ".join(differences(held, wanted)) or "its state is damaged"
+    held = read_record(state)
+    if held == wanted:
+        return True
+    if state.exists() and not overwrite:
+        if held is None:
             raise OutputError(
-                f"{folder}: an unfinished run with other inputs is there; changed: {changed}",
-                "repeat its command to continue it, choose another -o, or add --overwrite",
+                f"{folder}: an unfinished run is there; {state}, which says of what, is damaged",
+                "choose another -o, or add --overwrite to begin anew",
             )
-        drop_tensors(work)
-        for path in work.iterdir():
-            if path.name != "lock":
+        raise OutputError(
+            f"{folder}: an unfinished run with other inputs is there; changed: "
+            f"{', '.join(differences(held, wanted))}",
+            "repeat its command to continue it, choose another -o, or add --overwrite",
+        )
+    drop_tensors(work)
+    # What says whose the rest is goes last: a kill leaves nothing that another run could take up.
+    for path in sorted(work.iterdir(), key=lambda path: path == state):
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if overwrite:
+        for name in _written(folder):  # the manifest first: without it nothing is finished
+            path = folder / name
+            if name != WORK and path.exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        held = None
-    if held is None:
-        if overwrite:
-            for name in _written(folder):  # the manifest first: without it nothing is finished
-                path = folder / name
-                if name != WORK and path.exists():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        temporary = state.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        temporary.rename(state)
+    write_record(state, wanted)
+    return False
 
 
 def _written(folder: Path) -> list[str]:

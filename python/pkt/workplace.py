@@ -74,6 +74,12 @@ def drop_tensors(folder: Path) -> None:
         (spool / _NOTE).unlink(missing_ok=True)
 
 
+def drop_folder(noted: Path, spool: Path) -> None:
+    """Remove what `tensors_of` a spool lie elsewhere, if the note that named it has gone before."""
+    if noted != spool and _owned(noted, spool):
+        shutil.rmtree(noted, ignore_errors=True)
+
+
 def room(output_dir: Path, spool_dir: Path | None) -> Room:
     """What the disks under ``output_dir`` and ``spool_dir`` have free for this run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,21 @@ def test_extract_needs_no_more_than_headers(
     assert (found["work"]["seeds"], found["work"]["tokens"]) == (2, 18)
     assert ("ends" in [p["name"] for p in found["phases"]]) == ("--embeddings" in more)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_number_among_the_weights_of_a_layer_is_no_product(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """As the masked_bias of published GPT-NeoX models, which has no shape."""
+    from safetensors.torch import load_file, save_file
+
+    teacher, name = tmp_path / "teacher", "model.safetensors"
+    shutil.copytree(inputs.teacher, teacher)
+    bias = {"model.layers.0.self_attn.masked_bias": torch.tensor(-1e9)}
+    save_file(load_file(teacher / name) | bias, teacher / name, {"format": "pt"})
+    given = ("--teacher", teacher, "--student", inputs.student, "--limit", 2, "--max-tokens", 9)
+    assert pkt("bench", "extract", *given, "--folder", tmp_path, "-q").code == 0
+    assert pkt("bench", "score", "--teacher", teacher).code == 0
 
 
 def test_extract_refuses_as_extract_does(inputs: Inputs) -> None:

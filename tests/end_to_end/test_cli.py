@@ -412,6 +412,18 @@ def test_a_reader_that_leaves_is_no_error(inputs: Inputs) -> None:
     assert process.returncode == 141
 
 
+def test_a_reader_of_progress_that_leaves_is_not_the_disk(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pkt", "extract", *map(str, inputs.options()), "--seeds",
+               str(inputs.seeds), "-o", str(out), *SLOW]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        process.stderr.readline()
+        process.stderr.close()
+    assert process.returncode == 141
+    assert pkt(*command[3:]).code == 0, "what was finished is kept"
+
+
 # Interruption
 
 SLOW = ["--rank", "2", "--targets", "q,v"]

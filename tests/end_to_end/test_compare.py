@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from commands import Inputs, build_inputs, pkt
+from pkt.durable import write_record
 
 QUICK = ("--rank", 2, "--steps", 2, "--batch-size", 2, "--lrs", "1e-3", "--repeats", 2, "-q")
 
@@ -66,7 +67,7 @@ def test_an_interrupted_comparison_ends_the_same(inputs, tmp_path):
     (work / "cells").mkdir(parents=True)
     identity = json.loads((out / "pkt_manifest.json").read_text())
     shared = {k: v for k, v in identity.items() if k not in ("arms", "rates", "repeats")}
-    (work / "run.json").write_text(json.dumps(shared))
+    write_record(work / "run.json", shared)
     for index, path in enumerate(sorted((out / "details").iterdir())):
         if index % 2:
             shutil.copy(path, work / "cells")

@@ -28,6 +28,7 @@ import pkt
 import runs
 from commands import pkt as command
 from pkt.errors import BudgetError, OutputError, UsageError
+from pkt.sweep import capture
 from test_extract import build_pair, write_seeds
 
 torch.set_num_threads(1)
@@ -169,6 +170,28 @@ def test_a_spool_elsewhere_is_used_and_removed(case: Case, tmp_path: Path) -> No
     seen = case.finish(out, spool_dir=scratch)
     assert seen[0] == ("backward", 3)
     assert list(scratch.iterdir()) == []
+
+
+def test_what_one_matrix_at_a_time_keeps_lies_there_too(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs and gradients of a layer's matrices, which the plan counts on that disk."""
+    made: set[Path] = set()
+
+    class Seen(capture.Scratch):
+        def __init__(self, path: Path, *more: Any) -> None:
+            made.add(path)
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(capture, "Scratch", Seen)
+    scratch = tmp_path / "scratch"
+    task = pkt.api.prepare(*map(str, case.paths), **OPTIONS, spool_dir=scratch)
+    task = replace(task, plan=replace(task.plan, scores="matrix"))
+    pkt.api.execute(task, tmp_path / "out")
+    assert len(made) == 12
+    assert {path.parent.parent for path in made} == {scratch}
+    assert list(scratch.iterdir()) == []
+    assert runs.contents(tmp_path / "out") == case.whole
 
 
 def empty(folder: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import tiny
 from commands import Inputs, build_inputs, pkt, write_seeds
+from pkt.durable import write_record
 from pkt.training.checkpoints import COMPLETE, mark_complete, newest_complete
 from runs import Nursery, contents
 
@@ -265,7 +266,7 @@ def test_changed_options_are_named(bench, tmp_path):
     identity = json.loads((out / "pkt_manifest.json").read_text())
     found = ("steps", "loss", "eval_loss", "step_zero", "export", "rank")
     state = {k: v for k, v in identity.items() if k not in found} | {"device": "cpu"}
-    (work / "run.json").write_text(json.dumps(state))
+    write_record(work / "run.json", state)
     for path in out.iterdir():
         if path != work:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

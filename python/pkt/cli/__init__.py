@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if debugging():
                 traceback.print_exc()
             if interrupts.received is not None and not isinstance(error, InterruptError):
-                error = InterruptError(interrupts.received, "interrupted")
+                hint = "the same command begins again, or continues what an earlier one has left"
+                error = InterruptError(interrupts.received, "interrupted", hint)
             return _explain(error)
 
 
@@ -100,6 +101,8 @@ def _explain(error: BaseException) -> int:
         case Exception() if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
             remedy = "a smaller --micro-batch or --batch-size, --dtype bfloat16, or --device cpu"
             return _fail("the device is out of memory", remedy, 4)
+        case RuntimeError() if "can't allocate memory" in str(error):  # torch's, of the host
+            return _fail("out of memory", "give a smaller --max-ram than the host has free", 1)
         case Exception():
             text = " ".join(str(error).split())
             message = f"this is a bug in pkt: {type(error).__name__}: {text}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pkt import api
-from pkt.cli.environment import aliases, launcher, processes
+from pkt.cli.environment import aliases, launcher, processes, processes_here
 from pkt.cli.options import Session
 from pkt.cli.progress import Progress
 from pkt.cli.tables import match_table, plan_table, seeds_line, summary
@@ -83,7 +83,7 @@ def perform(
     if not task.plan.fits:
         tell(plan_table(task.plan) + "\n")
     api.require_fit(task.plan)
-    reading = api.reading(task, io)
+    reading = api.reading(task, io, processes_here=processes_here())
     tell(plan_table(task.plan, reading) + "\n")
     progress = Progress(task.teacher.checkpoint.layer_bytes, tell)
 
@@ -133,7 +133,8 @@ def _kept(number: int, task: Task, folder: Path, session: Session) -> InterruptE
     tensors = tensors_of(spool)
     backward = len(list(spool.glob("layer-*.json")))
     inputs = [int(path.name[6:11]) for path in tensors.glob("input-*.sum.json")]
-    forward = depth if backward else max(inputs, default=0)
+    turned = backward or (spool / "losses.json").exists()
+    forward = depth if turned else max(inputs, default=0)
     elsewhere = "" if tensors == spool else f" and {tensors}"
     return InterruptError(
         number,

@@ -7,7 +7,7 @@ from pkt.sweep.passes import Sweep
 from pkt.sweep.resident import ResidentSweep
 from pkt.sweep.roles import Observer, Source
 from pkt.sweep.skeleton import Skeleton, attention_kinds, build_skeleton
-from pkt.sweep.spool import DamagedError, Spool, disk_errors, durable
+from pkt.sweep.spool import DamagedError, Spool
 from pkt.sweep.states import StatesSweep
 from pkt.sweep.taps import RowsTap
 
@@ -26,7 +26,5 @@ __all__ = [
     "attention_kinds",
     "boundary",
     "build_skeleton",
-    "disk_errors",
-    "durable",
     "kept_rows",
 ]

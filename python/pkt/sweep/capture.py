@@ -123,6 +123,6 @@ class Captures:
         return self._open(f"x-{name}", x)
 
     def _open(self, name: str, like: torch.Tensor) -> Scratch:
-        scratch = Scratch(self._spool.folder / f"{name}.tmp", self._spool.lengths, like)
+        scratch = Scratch(self._spool.tensors / f"{name}.tmp", self._spool.lengths, like)
         self._stack.callback(scratch.close)
         return scratch

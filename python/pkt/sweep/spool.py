@@ -10,10 +10,7 @@ kernel takes back when it needs to.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from pkt.durable import disk_errors, durable, read_record, write_record
 from pkt.errors import OutputError
 
 
@@ -33,40 +31,6 @@ class DamagedError(OutputError):
             f"{path}: {what}", "run the same command again: damaged work is noticed and done anew"
         )
         self.name = name
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"{path}: the disk is full; finished layers are kept",
-                "make room, then run the same command again: it continues where it stopped",
-            ) from error
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def durable(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is complete, and ``synced`` on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                if synced:
-                    os.fsync(file.fileno())
-            temporary.rename(path)
-            if synced:
-                _sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
 
 
 class SeedWriter:
@@ -129,7 +93,7 @@ class Spool:
             writer = SeedWriter(file, self._starts, self.width * self.dtype.itemsize)
             yield writer
             sums = writer.sums()
-        _write_record(self._sum_path(name), sums, synced=synced)
+        write_record(self._sum_path(name), sums, synced=synced)
         self._sums[name] = sums
 
     def read(self, name: str, seed: int) -> torch.Tensor:
@@ -158,7 +122,7 @@ class Spool:
     def holds(self, name: str) -> bool:
         """Whether the tensor file is there, as long as it must be; `read` checks its bytes."""
         if name not in self._sums:
-            sums = _read_record(self._sum_path(name))
+            sums = read_record(self._sum_path(name))
             if not isinstance(sums, list) or len(sums) != len(self.lengths):
                 return False
             self._sums[name] = sums
@@ -189,7 +153,7 @@ class Spool:
 
     def put(self, name: str, record: Any) -> None:
         """Write a JSON record."""
-        _write_record(self.folder / f"{name}.json", record)
+        write_record(self.folder / f"{name}.json", record)
 
     def forget(self, name: str) -> None:
         """Remove a JSON record."""
@@ -202,7 +166,7 @@ class Spool:
 
     def get(self, name: str) -> Any | None:
         """A JSON record; ``None`` if it is missing or damaged."""
-        return _read_record(self.folder / f"{name}.json")
+        return read_record(self.folder / f"{name}.json")
 
     def _path(self, name: str) -> Path:
         return self.tensors / f"{name}.bin"
@@ -261,29 +225,3 @@ def _fill(file: Any, offset: int, block: torch.Tensor) -> bool:
 def _data(block: torch.Tensor) -> Any:
     """The bytes of a contiguous tensor, as a buffer that shares its memory."""
     return block.view(torch.uint8).numpy().reshape(-1).data
-
-
-def _write_record(path: Path, record: Any, *, synced: bool = True) -> None:
-    body = json.dumps(record, sort_keys=True)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    with durable(path, synced=synced) as file:
-        file.write(f'{{"sha256": "{digest}", "record": {body}}}\n'.encode())
-
-
-def _read_record(path: Path) -> Any | None:
-    try:
-        loaded = json.loads(path.read_bytes())
-        body = json.dumps(loaded["record"], sort_keys=True)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if hashlib.sha256(body.encode()).hexdigest() != loaded.get("sha256"):
-        return None
-    return loaded["record"]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,6 +34,7 @@ from pkt.report import write_report
 from pkt.selection import pick_layers
 from pkt.stream import CheckpointSource
 from pkt.sweep import build_skeleton
+from pkt.workplace import drop_folder, tensors_of
 
 __all__ = ["Config", "Task", "run"]
 
@@ -83,7 +84,9 @@ def run(
             #    sensitive sub-matrix of every weight, while its scores are in memory.
             scores = score(task, skeleton, source, spool, notify, costs.seconds)
             if not is_first():
+                elsewhere = tensors_of(spool)
                 wait_for_all()
+                drop_folder(elsewhere, spool)
                 return Extraction(folder, task.identity(), {})
             # 2. The teacher layers that feed the student's, in order.
             layers = pick_layers(scores.layers, task.student.layers, config.layers, config.seed)

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pkt.durable import disk_errors, read_record, write_record
 from pkt.errors import UsageError
 from pkt.output import differences, locked, run_folder, spool_folder
 from pkt.processes import from_first, index, is_first, wait_for_all
-from pkt.sweep import disk_errors
-from pkt.workplace import WORK, drop_tensors
+from pkt.workplace import WORK, drop_folder, drop_tensors, tensors_of
 
 
 @contextlib.contextmanager
@@ -49,13 +49,17 @@ def shared_folder(
             spool.mkdir(parents=True, exist_ok=True)
             yield work, spool
         return
-    wait_for_all()
     work = folder / WORK
     spool = spool_folder(work, index(), processes)
+    # On a shared disk the first one removes notes of folders that only this host can reach.
+    before = tensors_of(spool)
+    wait_for_all()
     with disk_errors(spool):
         spool.mkdir(parents=True, exist_ok=True)
     with locked(spool):
-        _bind(spool, json.dumps(identity))
+        if tensors_of(spool) != before:
+            drop_folder(before, spool)
+        _bind(spool, identity)
         yield work, spool
     drop_tensors(spool)
     shutil.rmtree(spool, ignore_errors=True)
@@ -74,16 +78,14 @@ def _require_same(identity: Mapping[str, Any]) -> None:
         )
 
 
-def _bind(spool: Path, identity: str) -> None:
+def _bind(spool: Path, identity: Mapping[str, Any]) -> None:
     """Keep what is there if it is of this very run; OUT has decided whether it may go."""
     state = spool / "run.json"
+    if read_record(state) == json.loads(json.dumps(identity)):
+        return
     with disk_errors(spool):
-        if state.is_file() and state.read_text(encoding="utf-8") == identity:
-            return
         drop_tensors(spool)
-        for path in spool.iterdir():
+        for path in sorted(spool.iterdir(), key=lambda path: path == state):
             if path.name != "lock":
                 path.unlink()
-        temporary = state.with_suffix(".tmp")
-        temporary.write_text(identity, encoding="utf-8")
-        temporary.rename(state)
+    write_record(state, identity)

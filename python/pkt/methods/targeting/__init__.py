@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pkt.durable import durable
 from pkt.host import Costs, PeakMeter, describe, one_thread
 from pkt.methods.targeting.attribution import RESULT, attributed, chosen_pairs
 from pkt.methods.targeting.fitting import fitted, map_file
@@ -36,7 +37,6 @@ from pkt.pairing import unlike_attention
 from pkt.records import LayerPair, Reading, Recording
 from pkt.semantics import save_map
 from pkt.stream import CheckpointSource
-from pkt.sweep import durable
 from pkt.targets import FOLDER, INDEX, index_text
 
 __all__ = [

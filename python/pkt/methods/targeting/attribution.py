@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pkt.durable import durable
 from pkt.methods.targeting.task import Task
 from pkt.output import as_json
 from pkt.pairing import attributed_pairs, critical_pairs, highest_layers, interpolated_pairs
 from pkt.records import LayerPair, Sample
 from pkt.samples import sample_set
-from pkt.sweep import AttributionSweep, durable
+from pkt.sweep import AttributionSweep
 from pkt.workplace import drop_tensors
 
 RESULT = "attribution.json"

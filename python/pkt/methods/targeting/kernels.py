@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from pkt.durable import durable
 from pkt.methods.targeting.places import first_places, of_teacher
 from pkt.methods.targeting.shards import intact
 from pkt.methods.targeting.task import Task
 from pkt.similarity import LEAST_STATES, kernel
-from pkt.sweep import Spool, Sweep, boundary, durable
+from pkt.sweep import Spool, Sweep, boundary
 from pkt.targets import KERNEL_EXAMPLES, KERNEL_PLACES
 
 

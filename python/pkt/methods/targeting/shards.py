@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from pkt.durable import durable
 from pkt.methods.targeting.task import Task
 from pkt.records import TopLogits
-from pkt.sweep import Spool, Sweep, answer_logits, durable
+from pkt.sweep import Spool, Sweep, answer_logits
 from pkt.targets import Shard, pack, tail, top_logits
 
 Row = tuple[TopLogits, float, float]

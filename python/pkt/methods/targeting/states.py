@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from pkt.durable import durable
 from pkt.methods.targeting.shards import intact
 from pkt.methods.targeting.task import SUB_LAYERS, Carry, Task
 from pkt.pairing import all_sources
 from pkt.records import LayerPair
-from pkt.sweep import DamagedError, RowsTap, Spool, Sweep, boundary, durable, kept_rows
+from pkt.sweep import DamagedError, RowsTap, Spool, Sweep, boundary, kept_rows
 from pkt.targets import Shard, StatesIndex, pack_states, stored_states
 
 
