@@ -31,7 +31,7 @@ demo: $(VENV)/.core ## install into .venv, run the main job on the built-in pair
 test: test-rust test-python ## the tests, Rust and Python; of laws over many cases a third
 
 test-rust: $(VENV)/.tools
-	cargo test --workspace $(LOCKED)
+	cargo test --workspace $(LOCKED) $(CARGOTEST)
 
 test-python: $(VENV)/.core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)

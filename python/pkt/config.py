@@ -20,6 +20,8 @@ MIB = 1 << 20
 LOGIT_ELEMENTS = 1 << 23  # logits made at once; a constant, so that no result depends on a budget
 # Of a bfloat16 product that is made in float32, widened at once: elements of the weight, and rows.
 WIDENED_ELEMENTS, WIDENED_ROWS = 1 << 23, 512
+#: Windows with a shorter side up to this, or to so many times the rank, are decomposed whole.
+WHOLE_BELOW, WHOLE_RANKS = 384, 4
 SMALL_LAYER = 1 << 20  # parameters; products this small lose more to threads than they gain
 READ_THREADS = 8  # that read files; twice as many gained nothing where it was measured
 

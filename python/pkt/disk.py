@@ -67,7 +67,7 @@ Read = Callable[[Stretch], int]  # into memory; returns the bytes
 def choose_io(
     checkpoint: Checkpoint,
     plan: Plan,
-    available_bytes: int,
+    cache_bytes: int,
     *,
     measured: bool = True,
     stretch_bytes: int = STRETCH_BYTES,
@@ -76,14 +76,13 @@ def choose_io(
 
     Args:
         checkpoint: the teacher's.
-        plan: of the run; what it does not hold of the memory is left to the page cache.
-        available_bytes: memory this process may use, cgroup limits included.
+        plan: of the run.
+        cache_bytes: of memory, what its processes leave to the page cache.
         measured: whether files may be read; else the mode is left "auto" where that decides.
         stretch_bytes: read at once by the measurement.
 
     """
-    cache = available_bytes - plan.peak_bytes
-    if checkpoint.bytes + plan.spool_bytes <= cache:
+    if checkpoint.bytes + plan.spool_bytes <= cache_bytes:
         purpose = " for the second pass" if plan.passes > 1 else ""
         return Reading("buffered", f"the page cache can hold the checkpoint{purpose}")
     if not measured:
@@ -97,7 +96,7 @@ def choose_io(
     if plan.passes > 1:
         read_twice = checkpoint.layers[: -plan.slots]
         again = sum(sum(p.bytes for p in layer.values()) for layer in read_twice)
-    return choose_mode(rates, plan.read_bytes, min(max(0, cache), again))
+    return choose_mode(rates, plan.read_bytes, min(max(0, cache_bytes), again))
 
 
 def choose_mode(rates: Mapping[str, float], read_bytes: int, cached_bytes: int) -> Reading:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from pkt.config import WHOLE_BELOW, WHOLE_RANKS
 from pkt.records import Factors, Split
 from pkt.thin import Operand
 
@@ -21,7 +22,6 @@ GRADED = 0.03  # of the largest σ: below, what is left outside a basis is round
 NOISE = 1e-6  # of the largest σ: what float32 products leave where the matrix has no more rank
 HASHED = 256  # columns of which rows are compared first
 KEPT = 0.99  # of the length of a row of norm 1, where it had next to nothing in a basis
-FULL_BELOW = 384  # shorter sides this small are decomposed whole
 
 
 def factorize(weight: torch.Tensor, rank: int, split: Split) -> Factors:
@@ -81,11 +81,11 @@ def leading_triplets(
     residual of every wanted triplet is small. Weight spectra decay slowly: a fixed number of
     power steps is not enough (Musco and Musco, arXiv 1504.05477).
     """
-    if min(weight.shape) <= FULL_BELOW or 4 * rank >= min(weight.shape):
+    if min(weight.shape) <= WHOLE_BELOW or WHOLE_RANKS * rank >= min(weight.shape):
         u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
         return u[:, :rank], sigma[:rank], vt[:rank]
     kinds = _distinct_rows(weight)
-    if kinds is not None and len(kinds[0]) >= 4 * rank:
+    if kinds is not None and len(kinds[0]) >= WHOLE_RANKS * rank:
         first, kind, times = kinds
         root = times.double().sqrt()[:, None]
         u, sigma, vt = leading_triplets((weight[first].double() * root).float(), rank)

@@ -20,7 +20,8 @@ def memory_limit() -> tuple[int, str]:
     """Bytes this process may hold, and where that is written.
 
     The smallest of what is available (`MemAvailable`) and what the cgroups (v1 and v2) that hold
-    the process still allow: their limit, less the anonymous memory of other members.
+    the process still allow: their limit, less what other members hold that the kernel cannot take
+    back: anonymous memory, and files of file systems in memory, such as /dev/shm.
     """
     candidates = [(_meminfo("MemAvailable"), "MemAvailable")]
     for line in _read("/proc/self/cgroup").splitlines():
@@ -134,12 +135,10 @@ def _processor_flags() -> set[str]:
 
 
 def _group_bytes(folder: Path) -> int:
-    """Anonymous memory of all members of a cgroup."""
-    for line in _read(str(folder / "memory.stat")).splitlines():
-        name, value = line.split()
-        if name in ("anon", "total_rss"):
-            return int(value)
-    return 0
+    """Memory of all members of a cgroup that no disk backs: anonymous, and files in memory."""
+    found = dict(line.split() for line in _read(str(folder / "memory.stat")).splitlines())
+    version = ("total_rss", "total_shmem") if "total_rss" in found else ("anon", "shmem")
+    return sum(int(found.get(name, 0)) for name in version)
 
 
 def _meminfo(key: str) -> int:

@@ -80,6 +80,12 @@ class Ranking:
                     if mask is not None:
                         self._keep_mask(mask_name(layer, cut.key), mask)
                     found["window"] = asdict(window)
+                    if window.crossed:  # packed: lists of every layer stay until the end
+                        rows, cols = (np.asarray(each) for each in (window.rows, window.cols))
+                        found["window"] |= {
+                            "rows": _packed(rows, "<u4"),
+                            "cols": _packed(cols, "<u4"),
+                        }
                 self._found[cut.key] = found
 
     def layer(self, layer: int, score: float) -> dict[str, Any]:
@@ -97,7 +103,10 @@ def recorded_window(record: Mapping[str, Any], key: str) -> Window:
     """The window that a layer's record holds for a student projection."""
     held = dict(record["cuts"][key]["window"])
     for field in ("rows", "cols"):
-        held[field] = None if held[field] is None else tuple(held[field])
+        indices = held[field]
+        if isinstance(indices, str):
+            indices = np.frombuffer(base64.b64decode(indices), "<u4").tolist()
+        held[field] = None if indices is None else tuple(indices)
     return Window(**held)
 
 

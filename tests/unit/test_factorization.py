@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pkt.factorization import FULL_BELOW, HASHED, factorize, leading_triplets, orthogonal_factors
+from pkt.config import WHOLE_BELOW
+from pkt.factorization import HASHED, factorize, leading_triplets, orthogonal_factors
 from pkt.records import Factors, Split
 
 torch.set_num_threads(1)
@@ -80,7 +81,7 @@ def check(weight: Tensor, made: Factors, rank: int, split: Split = "paper") -> N
 def test_spectra_equal_the_full_svd(name: str, split: Split) -> None:
     sigma = SPECTRA[name]
     for rows, columns in ((500, 430), (430, 500)):
-        assert min(rows, columns) > FULL_BELOW
+        assert min(rows, columns) > WHOLE_BELOW
         weight = with_spectrum(sigma, rows, columns).float()
         check(weight, factorize(weight, RANK, split), RANK, split)
 

@@ -12,7 +12,7 @@ import tiny
 from pkt.config import MIB
 from pkt.disk import choose_io
 from pkt.models import Model, open_model
-from pkt.plan import Attributed, Mapped, forward, make_forward_plan, make_targets_plan
+from pkt.plan import Attributed, Mapped, make_forward_plan, make_targets_plan
 from pkt.records import Plan, Room
 
 
@@ -55,7 +55,7 @@ def test_examples_cost_disk_and_only_the_longest_costs_memory(teacher: Model) ->
 def test_bfloat16_products_of_each_length_are_counted_as_far_as_they_are_kept(
     teacher: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("pkt.plan.sizes.multiplies_bfloat16", lambda: True)
     assert planned(teacher, shapes=500).peak_bytes == planned(teacher).peak_bytes  # of float32
     few, many, more = (planned(teacher, dtype="BF16", shapes=n) for n in (9, 1000, 2000))
     assert few.peak_bytes < many.peak_bytes == more.peak_bytes

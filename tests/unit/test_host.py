@@ -48,6 +48,33 @@ def test_cgroup_1_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "memory.limit_in_bytes" in source
 
 
+@pytest.mark.parametrize(
+    ("group", "limit", "stat"),
+    [
+        ("0::/a\n", "/sys/fs/cgroup/a/memory.max", "anon {anon}\nfile 7\nshmem {shmem}\n"),
+        (
+            "5:memory:/a\n",
+            "/sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+            "rss 1\nshmem 1\ntotal_rss {anon}\ntotal_shmem {shmem}\n",
+        ),
+    ],
+    ids=["2", "1"],
+)
+def test_what_others_hold_in_memory_and_on_disks_of_memory_is_gone(
+    group: str, limit: str, stat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = limit.rsplit("/", 1)[0]
+    files = {
+        "/proc/meminfo": MEMINFO,
+        "/proc/self/cgroup": group,
+        "/proc/self/status": f"RssAnon:\t{1 << 20} kB\n",
+        limit: f"{8 << 30}\n",
+        f"{folder}/memory.stat": stat.format(anon=3 << 30, shmem=2 << 30),
+    }
+    with_files(monkeypatch, files)
+    assert host.memory_limit()[0] == (8 - (3 - 1) - 2) << 30
+
+
 def test_a_limit_above_what_is_there_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"/proc/meminfo": MEMINFO, "/proc/self/cgroup": "0::/a\n"}
     files["/sys/fs/cgroup/a/memory.max"] = str(1 << 50)

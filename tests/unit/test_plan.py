@@ -13,6 +13,7 @@ from pkt.api import free_device_bytes, require_device_fit, require_fit
 from pkt.errors import BudgetError, UsageError
 from pkt.models import Model, open_model
 from pkt.plan import make_plan
+from pkt.plan.sizes import EAGER, MOST_PRODUCTS, PRODUCT_BYTES
 from pkt.projections import match
 from pkt.records import Plan, Room
 from test_extract import build_pair, write_seeds
@@ -55,7 +56,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
 
 def planned(pair: tuple[Model, Model], budget: int = 64 * GIB, **options: Any) -> Plan:
     settings: dict[str, Any] = {"dtype": "BF16", "rank": 16, "tokens": 3200, "longest": 100,
-                                "rows": 100}  # fmt: skip
+                                "rows": 100, "shapes": 1}  # fmt: skip
     pairs, _, problems = match(*pair, None, embeddings=False)
     assert not problems
     return make_plan(*pair, pairs, budget=(budget, "--max-ram"), **{**settings, **options})
@@ -137,6 +138,50 @@ def test_crossed_rows_and_columns_read_the_columns_between(pair: tuple[Model, Mo
     base, crossed = planned(pair).read_bytes, planned(pair, crossed=True).read_bytes
     more = 4 * 2048 * 2048 + 2 * 5504 * 2048 + 2048 * 5504  # twice the columns
     assert crossed - base == 2 * more * 2
+
+
+def test_choices_of_every_layer_are_held(pair: tuple[Model, Model]) -> None:
+    """Four bytes for each row and column taken of seven matrices, a third more as base64."""
+    listed = 4 * (2048 + 2048) + 3 * (5504 + 2048)
+    crossed = planned(pair, crossed=True)
+    assert crossed.record_bytes == pytest.approx(3 * listed * 4 * 4 / 3, abs=100)
+    assert part(crossed, "choices of every layer") == crossed.record_bytes
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_products_of_each_shape_where_onednn_keeps_them(
+    bfloat16: bool, pair: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkt.plan.sizes.multiplies_bfloat16", lambda: bfloat16)
+    held = part(planned(pair, shapes=10), "products of each shape")
+    assert held == (10 * 3 * PRODUCT_BYTES if bfloat16 else 0)  # q to o, gate and up, down
+    most = part(planned(pair, shapes=10**6), "products of each shape")
+    assert most == (MOST_PRODUCTS * PRODUCT_BYTES if bfloat16 else 0)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen2", "gemma", "gemma2", "gemma3_text", "gpt_neox", "phi3", "granite",
+     "granite_swa", "vaultgemma"],
+)  # fmt: skip
+def test_whose_attention_is_eager_is_as_transformers_says(family: str) -> None:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        pytest.skip("not in this transformers")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+    assert (family in EAGER) == (not model._supports_sdpa)
+
+
+def test_a_high_rank_costs_its_decomposition_and_the_adapter(tmp_path: Path) -> None:
+    """Up to 4 r = n triplets of a window are all taken, in float64: then the factors bind."""
+    teacher, small = (sparse(tmp_path / name, 2, 2048, 5504, 16) for name in "ts")
+    low, high = planned((teacher, small)), planned((teacher, small), rank=1024)
+    assert part(low, "largest window") == 0, "the sweep binds"
+    elements, short = 5504 * 2048, 2048
+    assert part(high, "largest window") >= 24 * elements + 8 * short * (short + 5504)
+    adapter = 2 * 1024 * (4 * 4096 + 3 * (5504 + 2048)) * 4
+    assert part(high, "adapter") == adapter == high.adapter_bytes
 
 
 def test_depth_costs_disk_and_reading_but_no_memory(tmp_path: Path) -> None:

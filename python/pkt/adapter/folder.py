@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pkt import _core
 from pkt.errors import PktError
 from pkt.records import Factors, LowRank
 
@@ -69,14 +70,21 @@ def adapter_tensors(
 def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write both files of the adapter into ``folder``, which must exist."""
-    from safetensors.torch import save
+    """Write both files of the adapter into ``folder``, which must exist.
 
+    Tensor by tensor: the adapter of a high rank is held once.
+    """
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    whole = save(ordered, metadata={"format": "pt"})  # a full disk is Python's own error then
-    (folder / "adapter_model.safetensors").write_bytes(whole)
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    specs = [(name, "F32", list(tensor.shape)) for name, tensor in ordered.items()]
+    writer = _core.Writer(str(folder / "adapter_model.safetensors"), specs)
+    try:
+        for name, tensor in ordered.items():
+            writer.write(name, tensor.float().contiguous().view(torch.uint8).flatten().numpy())
+        writer.finish()
+    finally:
+        writer.close()
 
 
 def write_factors(

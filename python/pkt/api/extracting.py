@@ -17,7 +17,7 @@ from pkt.api.choices import (
 from pkt.api.device import check_device, free_device_bytes, require_device_fit
 from pkt.api.fitting import kept_records, reading, require_fit
 from pkt.api.vocabulary import vocabulary_problems
-from pkt.batches import most_rows
+from pkt.batches import most_rows, shapes
 from pkt.config import load_aliases
 from pkt.errors import IncompatibleError, UsageError
 from pkt.models import load_tokenizer, open_model
@@ -116,9 +116,10 @@ def prepare(
             "start fewer processes, or give more seeds",
         )
     computed = compute_dtype(big, dtype)
+    lengths = [len(sample.tokens) for sample in read.samples]
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, longest=read.longest,
-        rows=most_rows([len(sample.tokens) for sample in read.samples]),
+        rows=most_rows(lengths), shapes=shapes(lengths),
         tokens=_tokens_here(read, processes, processes_here),
         budget=budget(max_ram, processes_here), embeddings=embeddings,
         every=checked_every(spool_every), room=room(Path(output_dir), optional_path(spool_dir)),

@@ -24,17 +24,21 @@ class HasPlan(Protocol):
         """What the run holds, reads and writes."""
 
 
-def reading(task: HasPlan, io: IoMode = "auto", *, measured: bool = True) -> Reading:
+def reading(
+    task: HasPlan, io: IoMode = "auto", *, measured: bool = True, processes_here: int = 1
+) -> Reading:
     """The reading mode of a run: as asked, or chosen by a short measurement of the files.
 
-    Without ``measured`` no file is read, and the mode stays "auto" where that would decide.
+    Without ``measured`` no file is read, and the mode stays "auto" where that would decide. The
+    ``processes_here`` of this host each hold what the plan says.
     """
     from pkt.disk import choose_io
 
     require_choice("io", io, IoMode)
     if io != "auto":
         return Reading(io, f"--io {io}")
-    return choose_io(task.teacher.checkpoint, task.plan, memory_limit()[0], measured=measured)
+    left = memory_limit()[0] - processes_here * task.plan.peak_bytes
+    return choose_io(task.teacher.checkpoint, task.plan, left, measured=measured)
 
 
 def require_fit(plan: Plan) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pkt.api.choices import budget, checked_every, compute_dtype, optional_path
 from pkt.api.fitting import kept_records
 from pkt.api.vocabulary import vocabulary_problems
-from pkt.batches import most_rows
+from pkt.batches import most_rows, shapes
 from pkt.config import load_aliases
 from pkt.models import Model, open_model
 from pkt.plan import make_plan
@@ -76,8 +76,8 @@ def inspect(
     tokens = min(tokens, big.positions or tokens)
     plan = make_plan(
         big, small, pairs, dtype=compute_dtype(big, dtype), rank=rank, tokens=seeds * tokens,
-        longest=tokens, rows=most_rows([tokens] * seeds), budget=budget(max_ram),
-        embeddings=embeddings, every=checked_every(spool_every),
+        longest=tokens, rows=most_rows([tokens] * seeds), shapes=shapes([tokens] * seeds),
+        budget=budget(max_ram), embeddings=embeddings, every=checked_every(spool_every),
         room=room(Path("OUT"), optional_path(spool_dir)), **kept_records(select),
     )  # fmt: skip
     notes = [f"{seeds} seeds of {tokens} tokens assumed"]

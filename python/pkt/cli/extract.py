@@ -141,7 +141,7 @@ def extract(session: Session, /, **given: Any) -> None:
 
 
 def _dry_run(task: Task, given: Mapping[str, Any]) -> None:
-    reading = api.reading(task, given["io"], measured=False)
+    reading = api.reading(task, given["io"], measured=False, processes_here=processes_here())
     if given["as_json"]:
         cut = sum(seed.cut for seed in task.seeds.samples)
         seeds = {**task.identity()["seeds"], "cut": cut, "longest": task.seeds.longest}

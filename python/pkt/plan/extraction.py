@@ -17,12 +17,14 @@ from pkt.plan.sizes import (
     CALLS_BYTES,
     DEVICE_BASE_BYTES,
     DEVICE_BLOCK_BYTES,
-    WINDOW_BYTES,
+    INDEX_BYTES,
     attention_bytes,
     block_bytes,
+    factoring_bytes,
     is_eager,
     is_native,
     kept_bytes,
+    kept_products,
     total_bytes,
     widened,
 )
@@ -41,6 +43,7 @@ def make_plan(
     tokens: int,
     longest: int,
     rows: int,
+    shapes: int,
     budget: tuple[int, str],
     embeddings: bool = False,
     masks: bool = False,
@@ -60,6 +63,7 @@ def make_plan(
         tokens: of all seeds.
         longest: tokens of the longest seed.
         rows: of the largest batch of seeds, as `pkt.batches` has them.
+        shapes: number of different batches, by seeds and rows.
         budget: bytes allowed, and where that number comes from.
         embeddings: whether embedding and head are extracted too.
         masks: whether single weights are chosen, whose bit masks are kept.
@@ -78,6 +82,7 @@ def make_plan(
     item = DTYPE_BYTES[dtype]
     layer = max(teacher.checkpoint.layers, key=lambda pieces: sum(p.bytes for p in pieces.values()))
     matrices = [p for p in layer.values() if len(p.shape) == 2]
+    kinds = len({p.shape for p in matrices})
     elements = sum(p.elements for p in layer.values() if p.dtype in DTYPE_BYTES)
     slot = sum(p.bytes for p in layer.values()) + 4096 * (len(layer) + 1)
     converted = 0 if is_native(layer, dtype) else elements * item
@@ -89,12 +94,15 @@ def make_plan(
     activations += attention_bytes(teacher, rows, longest, item)
     mask = 2 * longest * longest * (item if is_eager(teacher) else 1)  # sliding and full
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
-    window = _window_bytes(pairs)
+    stored = max((p.dtype for p in matrices), key=lambda kind: DTYPE_BYTES.get(kind, 0))
+    window = _window_bytes(pairs, rank, stored)
     if embeddings and student:
-        window = max(window, student.embedding.elements * WINDOW_BYTES)
+        vocabulary, width = student.embedding.shape
+        window = max(window, factoring_bytes(vocabulary, width, rank, stored))
+    listed = sum(p.student.out_features + p.student.in_features for p in pairs) if crossed else 0
     base = PlanPart("torch, transformers, peft", BASE_BYTES)
-    records = _sums_bytes(pairs) * teacher.layers if sums else 0
-    kept = [PlanPart("sums of every layer", records)] if sums else []
+    records = (_sums_bytes(pairs) if sums else _packed_bytes(listed)) * teacher.layers
+    kept = [PlanPart(f"{'sums' if sums else 'choices'} of every layer", records)][: records > 0]
     largest = max((p.elements for p in matrices), default=0)
 
     def phases(
@@ -107,6 +115,7 @@ def make_plan(
             PlanPart("gradient block", block),
             PlanPart("activations of a batch", activations, f"{rows} tokens"),
             *(widened(dtype, rows, widths) if on_cpu else []),
+            *(kept_products(dtype, shapes, kinds) if on_cpu else []),
             PlanPart("masks and positions", min(CALLS_BYTES, 32 * mask) + mask),
         ]
         ends = [*shared, PlanPart("head", head_bytes), PlanPart("logits", logits)]
@@ -127,6 +136,9 @@ def make_plan(
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
         sweep, ends = phases(shared, matrix, block_bytes(dtype), on_cpu=True)
         factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
+        if listed and student:
+            size = INDEX_BYTES * listed * student.layers
+            factors.append(PlanPart("chosen rows and columns", size))
         return tuple(max((sweep, ends, factors), key=total_bytes))
 
     def on_device(matrix: bool) -> tuple[PlanPart, ...]:
@@ -194,13 +206,14 @@ def _spool_room(room: Room | None, others: int) -> int | None:
     return room.spool_free - (others if room.shared else 0)
 
 
-def _window_bytes(pairs: Sequence[Pair]) -> int:
+def _window_bytes(pairs: Sequence[Pair], rank: int, dtype: str) -> int:
     """The largest student module while its factors are made."""
-    modules: dict[str, int] = {}
+    heights: dict[tuple[str, int], int] = {}
     for pair in pairs:
-        size = pair.student.out_features * pair.student.in_features
-        modules[pair.student.module] = modules.get(pair.student.module, 0) + size
-    return WINDOW_BYTES * max(modules.values(), default=0)
+        module = pair.student.module, pair.student.in_features
+        heights[module] = heights.get(module, 0) + pair.student.out_features
+    sizes = (factoring_bytes(high, wide, rank, dtype) for (_, wide), high in heights.items())
+    return max(sizes, default=0)
 
 
 def _adapter_bytes(
@@ -219,7 +232,12 @@ def _adapter_bytes(
 
 def _sums_bytes(pairs: Sequence[Pair]) -> int:
     """Row and column sums of a layer, in float64 as base64."""
-    return sum(8 * (p.teacher_rows + p.teacher.in_features) * 4 // 3 for p in pairs)
+    return 2 * _packed_bytes(sum(p.teacher_rows + p.teacher.in_features for p in pairs))
+
+
+def _packed_bytes(numbers: int) -> int:
+    """So many numbers of four bytes as base64."""
+    return numbers * 4 * 4 // 3
 
 
 def _read_bytes(

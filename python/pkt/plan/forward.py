@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import LOGIT_ELEMENTS, MIB
-from pkt.host import multiplies_bfloat16
 from pkt.models import Model
 from pkt.plan.sizes import (
     BASE_BYTES,
     CALLS_BYTES,
-    MOST_PRODUCTS,
-    PRODUCT_BYTES,
     attention_bytes,
     is_eager,
     is_native,
+    kept_products,
     total_bytes,
     widened,
 )
@@ -63,16 +61,11 @@ def make_forward_plan(
     head_bytes = head.elements * (DTYPE_BYTES[head.dtype] + (0 if head.dtype == dtype else item))
     # Of each shape, those with the matrices of a layer, of its attention, and with the head.
     kinds = len({piece.shape for piece in matrices}) + 2
-    kept = dtype == "BF16" and multiplies_bfloat16()
-    products = min(MOST_PRODUCTS, shapes * kinds) * PRODUCT_BYTES if kept else 0
 
     def parts(slots: int) -> tuple[PlanPart, ...]:
         weights, used = forward_parts(teacher, slots, dtype, rows)
         shared = [PlanPart("torch, transformers, peft", BASE_BYTES), *weights]
-        if products:
-            shared.append(
-                PlanPart("products of each shape", products, f"{shapes} shapes of a batch")
-            )
+        shared += kept_products(dtype, shapes, kinds)
         forward = [*shared, *used]
         ends = [*shared]
         if logits:

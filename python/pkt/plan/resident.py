@@ -12,15 +12,13 @@ from dataclasses import replace
 
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import LOGIT_ELEMENTS, MIB
-from pkt.host import multiplies_bfloat16
 from pkt.models import Model
 from pkt.plan.forward import forward_parts
 from pkt.plan.sizes import (
     BASE_BYTES,
     DEVICE_BASE_BYTES,
-    MOST_PRODUCTS,
-    PRODUCT_BYTES,
     is_native,
+    kept_products,
     total_bytes,
 )
 from pkt.records import Plan, PlanPart
@@ -67,10 +65,8 @@ def make_resident_plan(
         ends = (teacher.embedding, teacher.head or teacher.embedding)
         largest = max(sum(p.bytes for p in layer.values()), *(piece.bytes for piece in ends))
         parts.append(PlanPart("weights as stored", largest, "while they are read"))
-    if dtypes[0] == "BF16" and multiplies_bfloat16():
-        kinds = len({p.shape for p in layer.values() if len(p.shape) == 2}) + 2
-        products = min(MOST_PRODUCTS, len(set(lengths)) * kinds) * PRODUCT_BYTES
-        parts.append(PlanPart("products of each length", products))
+    kinds = len({p.shape for p in layer.values() if len(p.shape) == 2}) + 2
+    parts += kept_products(dtypes[0], len(set(lengths)), kinds)
     before = streamed.parts if attributed or map_bytes else ()
     least = max(total_bytes(parts), streamed.smallest_bytes if before else 0)
     return replace(
