@@ -188,7 +188,7 @@ def test_what_one_matrix_at_a_time_keeps_lies_there_too(
     task = pkt.api.prepare(*map(str, case.paths), **OPTIONS, spool_dir=scratch)
     task = replace(task, plan=replace(task.plan, scores="matrix"))
     pkt.api.execute(task, tmp_path / "out")
-    assert len(made) == 12
+    assert len(made) == 4 + 7  # q, k and v have one input, gate and up as well
     assert {path.parent.parent for path in made} == {scratch}
     assert list(scratch.iterdir()) == []
     assert runs.contents(tmp_path / "out") == case.whole
