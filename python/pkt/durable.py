@@ -43,7 +43,7 @@ def durable(path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
                     os.fsync(file.fileno())
             temporary.rename(path)
             if synced:
-                _sync_folder(path.parent)
+                sync(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -70,8 +70,9 @@ def read_record(path: Path) -> Any | None:
     return loaded["record"]
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, are on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -94,7 +94,8 @@ def make_plan(
     activations += attention_bytes(teacher, rows, longest, item)
     mask = 2 * longest * longest * (item if is_eager(teacher) else 1)  # sliding and full
     adapter = _adapter_bytes(student, pairs, rank, embeddings)
-    stored = max((p.dtype for p in matrices), key=lambda kind: DTYPE_BYTES.get(kind, 0))
+    known = {p.dtype for p in matrices if p.dtype in DTYPE_BYTES}
+    stored = max(known, key=lambda kind: (DTYPE_BYTES[kind], kind), default=dtype)
     window = _window_bytes(pairs, rank, stored)
     if embeddings and student:
         vocabulary, width = student.embedding.shape

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
+
+from pkt.durable import sync
 
 COMPLETE = "complete.json"
 
@@ -22,13 +23,13 @@ def mark_complete(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != COMPLETE:
             digests[path.name] = _sha256(path)
-            _sync(path)
+            sync(path)
     temporary = folder / f"{COMPLETE}.tmp"
     temporary.write_text(json.dumps(digests), encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.rename(folder / COMPLETE)
-    _sync(folder)
-    _sync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -57,11 +58,3 @@ def _is_complete(folder: Path) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
