@@ -28,7 +28,7 @@ demo: $(VENV)/.core ## install into .venv, run the main job on the built-in pair
 
 ##@ Develop
 .PHONY: test test-rust test-python test-all
-test: test-rust test-python ## the tests, Rust and Python; of laws over many cases a third
+test: test-rust test-python ## the tests, Rust and Python; of laws over many cases a fifth
 
 test-rust: $(VENV)/.tools
 	cargo test --workspace $(LOCKED) $(CARGOTEST)

@@ -13,12 +13,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 LAWS = ("parity", "end_to_end")  # folders whose tests run whole models
 CHEAP = ("test_cli.py", "test_bad_input.py", "test_changed_teacher.py")  # but these, by the case
-EACH = 3
+EACH = 5
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Of a law over more than two cases about a third is quick, the others are slow.
+    """Of a law over more than two cases about a fifth is quick, the others are slow.
 
     The first, and those that the checksum of their name says: an even step would take the same
     option each time where cases are products. ``-m ""`` runs them all.

@@ -84,14 +84,15 @@ def test_plan_and_sample(bench, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_killed_at_random_moments_ends_with_the_same_bytes(bench, tmp_path):
+@pytest.mark.parametrize("moments", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_ends_with_the_same_bytes(moments, bench, tmp_path):
     paths = (bench.inputs.student, bench.data)
     options = {  # 12 examples: a checkpoint and a held-out loss at the end of every epoch
         "init": str(bench.start), "max_steps": 60, "batch_size": 4, "micro_batch": 2, "lr": 1e-2,
         "gradient_checkpointing": False, "save_steps": 3, "eval_data": str(bench.data),
         "dropout": 0.1,
     }  # fmt: skip
-    moments = random.Random(0)
+    draw = random.Random(moments)
     with Nursery() as nursery:
         began = time.monotonic()
         code, text = nursery.run(*paths, tmp_path / "whole", call="train", **options)
@@ -101,8 +102,8 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(bench, tmp_path):
         out = tmp_path / "killed"
         while not (out / "pkt_manifest.json").exists():
             process = nursery.start(*paths, out, call="train", **options)
-            if kills < 5:
-                time.sleep(moments.uniform(0.2, 0.8) * length)
+            if kills < moments:
+                time.sleep(draw.uniform(0.2, 0.8) * length)
                 with contextlib.suppress(ProcessLookupError):  # it was done
                     os.kill(process, signal.SIGKILL)
             code, text = nursery.finish()

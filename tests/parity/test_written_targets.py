@@ -166,18 +166,21 @@ def test_damaged_work_is_made_again(
     assert runs.contents(tmp_path / "out") == whole
 
 
-def test_killed_at_random_moments_ends_with_the_same_bytes(pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_ends_with_the_same_bytes(
+    moments: int, pair: Path, tmp_path: Path
+) -> None:
     paths = (pair / "teacher", pair / "student", pair / "data.jsonl")
-    moments, kills = random.Random(0), 0
+    draw, kills = random.Random(moments), 0
     with runs.Nursery() as nursery:
         began = time.monotonic()
         code, text = nursery.run(*paths, tmp_path / "whole", call="write_targets", **OPTIONS)
         assert code == 0, text
         length = time.monotonic() - began
-        for number in range(6):
+        for number in range(moments):
             out = tmp_path / f"{number}"
             process = nursery.start(*paths, out, call="write_targets", **OPTIONS)
-            time.sleep(moments.uniform(0.1, 0.9) * length)
+            time.sleep(draw.uniform(0.1, 0.9) * length)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
             kills += nursery.finish()[0] == -signal.SIGKILL

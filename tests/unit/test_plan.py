@@ -220,8 +220,17 @@ def test_reading_of_crossed_windows_stays_within_the_plan(select: Any, tmp_path:
     assert 0.9 * task.plan.read_bytes < read < task.plan.read_bytes + 4 * norm
 
 
+SLOW_SEGMENTS = [(1, 3), (2, 2), (3, 3), (4, 2), (9, 2)]
+
+
 @pytest.mark.parametrize(
-    ("every", "slots"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (3, 3), (4, 2), (9, 2)]
+    ("every", "slots"),
+    [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_SEGMENTS),
+    ],
 )
 def test_the_work_folder_stays_within_the_plan(every: int, slots: int, tmp_path: Path) -> None:
     """Disk, reading and steps are those of the run, whatever k and the slots."""
