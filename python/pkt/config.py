@@ -25,6 +25,8 @@ WHOLE_BELOW, WHOLE_RANKS = 384, 4
 SMALL_LAYER = 1 << 20  # parameters; products this small lose more to threads than they gain
 READ_THREADS = 8  # that read files; twice as many gained nothing where it was measured
 
+MOST_BYTES = 1 << 60  # of a size that somebody can mean
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
@@ -39,7 +41,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?|)b?\s*", text.lower())
     if not match:
         raise UsageError(f"size {text!r}: expected a number with a unit", "for example 8GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if size > MOST_BYTES:
+        raise UsageError(f"size {text[:40]!r}: expected at most 2⁶⁰ bytes", "for example 8GiB")
+    return int(size)
 
 
 def format_bytes(count: float) -> str:

@@ -43,6 +43,17 @@ def memory_limit() -> tuple[int, str]:
     return min(candidates)
 
 
+def in_memory(place: Path) -> bool:
+    """Whether the files of the folder ``place`` lie in memory (tmpfs, ramfs), on no disk."""
+    device = place.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in _read("/proc/self/mountinfo").splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return kind.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
 def anonymous_bytes() -> int:
     """Anonymous memory of this process: what no file backs and the kernel cannot take back."""
     for line in _read("/proc/self/status").splitlines():

@@ -15,6 +15,7 @@ from typing import Any
 from pkt.errors import CheckpointError
 
 MAX_BYTES = 16 << 20  # of a configuration; the largest known takes a hundredth
+MAX_INDEX_BYTES = 100_000_000  # of the names of all tensors, as of a header
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

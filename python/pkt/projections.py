@@ -40,6 +40,19 @@ class Pair:
         """Rows of the logical (expanded) teacher matrix."""
         return self.teacher.out_features * self.kv_repeat
 
+    def read_elements(self, *, crossed: bool, masks: bool) -> int:
+        """Elements of the teacher's matrix that are read again to cut the student's from it.
+
+        Args:
+            crossed: the columns between those that are chosen are read too.
+            masks: single weights are chosen: all are read, each stored one once.
+
+        """
+        if masks:
+            return self.teacher.out_features * self.teacher.in_features
+        width = self.teacher.in_features if crossed else self.student.in_features
+        return self.student.out_features * width
+
     @property
     def teacher_key(self) -> str:
         """The teacher's spelling of its projection."""

@@ -93,8 +93,7 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
     def free(place: Path) -> int:
         device = _device(place)
         ours = sum(size for folder, size in held.items() if _device(folder) == device)
-        usage = shutil.disk_usage(_existing(place))
-        return usage.free + ours if usage.total else _UNKNOWN
+        return free_bytes(place) + ours
 
     return Room(
         output_dir=str(output_dir),
@@ -103,6 +102,12 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
         spool_free=free(given),
         shared=_device(given) == _device(output_dir),
     )
+
+
+def free_bytes(place: Path) -> int:
+    """What the disk under ``place``, which need not be there yet, has free."""
+    usage = shutil.disk_usage(_existing(place))
+    return usage.free if usage.total else _UNKNOWN
 
 
 def _elsewhere(folder: Path) -> Iterator[tuple[Path, Path]]:

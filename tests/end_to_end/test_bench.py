@@ -157,6 +157,31 @@ def test_extract_needs_no_more_than_headers(
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "more", [(), ("--embeddings",), ("--select", "top-weights"), ("--select", "rows-cols")]
+)
+def test_the_forecast_reads_what_the_plan_does(more: tuple[str, ...], inputs: Inputs) -> None:
+    given = ("--teacher", inputs.teacher, "--student", inputs.student, *more)
+    shown = pkt("bench", "extract", *given, "--limit", 2, "--max-tokens", 9, "--json", "-q")
+    assert (shown.code, shown.err) == (0, "")
+    work = json.loads(shown.out)["work"]
+    again = work["layers"] - work["slots"]
+    read = (work["layers"] + again) * work["layer_bytes"]
+    read += work["ends_reads"] * work["ends_bytes"] + work["window_bytes"]
+    plan = json.loads(pkt("inspect", *given, "--limit", 2, "--max-tokens", 9, "--json").out)["plan"]
+    assert read == pytest.approx(plan["read_bytes"], rel=0.002)
+
+
+def test_a_matrix_that_memory_has_no_room_for_is_refused(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkt.bench.kernels.memory_limit", lambda: (1 << 20, "cgroup memory.max"))
+    for name in ("score", "window"):
+        ended = pkt("bench", name, "--teacher", inputs.teacher)
+        assert ended.code == 4 or (name, ended.code) == ("window", 0)  # a tiny matrix fits
+    assert pkt("bench", "window").code == 4
+
+
 def test_a_number_among_the_weights_of_a_layer_is_no_product(
     inputs: Inputs, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -629,3 +630,32 @@ def test_a_continued_run_counts_only_its_own_bytes() -> None:
     assert [line.split("  ")[0] for line in lines] == ["backward 4/5 layers", "backward 5/5 layers"]
     assert "1.00 MiB" in lines[0]
     assert "2.00 MiB" in lines[1]
+
+
+def test_a_strangers_texts_do_not_steer_the_terminal(inputs: Inputs, tmp_path: Path) -> None:
+    """What `pkt inspect` prints of a model is one line a line, whatever its files say."""
+    from safetensors.torch import load_file, save_file
+
+    teacher, first = tmp_path / "teacher", "model-00001-of-00001.safetensors"
+    shutil.copytree(inputs.teacher, teacher)
+    tensors = load_file(teacher / "model.safetensors")
+    (teacher / "model.safetensors").unlink()
+    forged = "x\x1b]0;mine\x07\nproblem: none"
+    save_file({**tensors, forged: tensors["model.norm.weight"].clone()}, teacher / first)
+    index = {"weight_map": dict.fromkeys(tensors, first)}
+    (teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "model_type": "lla\x1b[2Jma\nX"}))
+    shown = pkt("inspect", "--teacher", teacher)
+    assert "\x1b" not in shown.out
+    assert "\x07" not in shown.out
+    assert not any(line.startswith(("problem: ", "X")) for line in shown.out.splitlines())
+    assert "lla\\x1b[2Jma\\nX" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("said", ["", "none", "-1"])
+def test_what_no_launcher_says_is_no_rank(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", said)
+    ended = pkt("inspect", "--teacher", "/nowhere")
+    assert ended.code == 2
+    assert ended.error.startswith("teacher '/nowhere'")

@@ -431,6 +431,86 @@ def poisoned(made: Made, folder: Path) -> Path:
     return folder
 
 
+MASK = "model.layers.0.self_attn.masked_bias"
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
+def test_a_mask_that_no_model_is_loaded_from_is_copied(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    """−10⁹ is infinite in float16; GPT-NeoX's class says that it passes such names over."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(
+        LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ["attn.masked_bias"], raising=False
+    )
+    path = copied(made.student, tmp_path / "s") / "model.safetensors"
+    masks = {MASK: torch.tensor(-1e9), MASK.replace("0", "1"): torch.tensor(float("-inf"))}
+    save_file({**load_file(path), **masks}, path, {"format": "pt"})
+    words = ["--run", made.plain, "--student", tmp_path / "s", "--to", "merged"]
+    words += ["--dtype", dtype] if dtype else []
+    ended = command("export", *words, "-o", tmp_path / "o")
+    assert ended.code == 0, ended.err
+    written = load_file(tmp_path / "o/model.safetensors")
+    assert all(torch.equal(written[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("inside", [".", "additional_chat_templates"])
+def test_a_link_out_of_the_student_is_not_published(
+    made: Made, tmp_path: Path, inside: str
+) -> None:
+    student, secret = copied(made.student, tmp_path / "s"), tmp_path / "secret"
+    secret.write_text("mine")
+    (student / inside).mkdir(exist_ok=True)
+    (student / inside / "NOTICE.txt").symlink_to(secret)
+    (student / "theirs.txt").symlink_to("config.json")  # stays inside
+    words = ("export", "--run", made.plain, "--student", student, "--to", "merged")
+    line = refused(command(*words, "-o", tmp_path / "o"), 1, tmp_path / "o")
+    assert f"{student / inside / 'NOTICE.txt'}: expected a file of the model" in line
+    assert str(secret) in line
+    (student / inside / "NOTICE.txt").unlink()
+    assert command(*words, "-o", tmp_path / "o").code == 0
+    assert (tmp_path / "o/theirs.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code"), [({"mine": [1]}, 0), ({}, 0), (["x"], 1), ("x", 1), (3, 1), (None, 1)]
+)
+def test_an_index_says_what_it_likes_in_its_metadata(
+    made: Made, tmp_path: Path, metadata: Any, code: int
+) -> None:
+    """An object, as transformers needs it; else it is refused before the weights are written."""
+    student, name = copied(made.student, tmp_path / "s"), "model-00001-of-00001.safetensors"
+    tensors = load_file(student / "model.safetensors")
+    (student / "model.safetensors").rename(student / name)
+    index = {"metadata": metadata, "weight_map": dict.fromkeys(tensors, name)}
+    (student / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = ("--run", made.plain, "--student", student, "--to", "merged", "-o", tmp_path / "o")
+    ended = command("export", *words)
+    if code:
+        assert "metadata: expected an object, found" in refused(ended, code, tmp_path / "o")
+        return
+    assert ended.code == 0, ended.err
+    written = json.loads((tmp_path / "o/model.safetensors.index.json").read_text())
+    assert written["metadata"].items() >= metadata.items()
+    assert written["weight_map"] == dict.fromkeys(sorted(tensors), name)
+    assert written["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+
+
+def test_the_single_file_is_what_everyone_reads(made: Made, tmp_path: Path) -> None:
+    """An index of an earlier save lies beside it: transformers loads the file, and so does pkt."""
+    student = copied(made.student, tmp_path / "s")
+    tensors = load_file(student / "model.safetensors")
+    save_file({n: t + 1 for n, t in tensors.items()}, student / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "part.safetensors")}
+    (student / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = ("--run", made.plain, "--student", student, "--to", "merged", "-o", tmp_path / "o")
+    ended = command("export", *words)
+    assert ended.code == 0, ended.err  # its own check loads what was written beside the student
+    name = "model.norm.weight"
+    assert torch.equal(load_file(tmp_path / "o/model.safetensors")[name], tensors[name])
+
+
 def test_an_embedding_saved_along_as_it_was_is_no_obstacle(made: Made, tmp_path: Path) -> None:
     run = with_embedding(made, tmp_path / "a", 1.0)
     assert command("export", "--run", run, "--to", "merged", "-o", tmp_path / "o").code == 0

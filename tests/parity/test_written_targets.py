@@ -180,7 +180,7 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(
         for number in range(moments):
             out = tmp_path / f"{number}"
             process = nursery.start(*paths, out, call="write_targets", **OPTIONS)
-            time.sleep(draw.uniform(0.1, 0.9) * length)
+            time.sleep(draw.uniform(0.05, 0.6) * length)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
             kills += nursery.finish()[0] == -signal.SIGKILL

@@ -31,7 +31,21 @@ def test_a_size_is_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "lots", "-1", "8GiBs", "8 8", "1e9", "nan", "inf", "GiB", "8XB"]
+    "text",
+    [
+        "",
+        "lots",
+        "-1",
+        "8GiBs",
+        "8 8",
+        "1e9",
+        "nan",
+        "inf",
+        "GiB",
+        "8XB",
+        "9" * 400 + "GiB",
+        "2000000t",
+    ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="size"):

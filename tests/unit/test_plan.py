@@ -208,6 +208,16 @@ def test_read_and_adapter_bytes_are_those_of_the_run(embeddings: bool, tmp_path:
     assert task.plan.adapter_bytes == pytest.approx(size, abs=20_000)  # names in the header
 
 
+@pytest.mark.parametrize("select", ["top-weights", "random-weights"])
+def test_single_weights_cost_whole_matrices(select: Any, tmp_path: Path) -> None:
+    """Repeated kv heads are stored, and read, once."""
+    teacher, student = build_pair(tmp_path, "llama", "llama", tied=False)
+    seeds = write_seeds(tmp_path / "seeds.jsonl")
+    task = pkt.api.prepare(str(teacher), str(student), seeds, rank=4, select=select)
+    made = pkt.api.execute(task, tmp_path / "out", io="mmap")
+    assert task.plan.read_bytes == pytest.approx(made.run["bytes_read"], abs=4 * 48 * 4)
+
+
 @pytest.mark.parametrize("select", ["rows-cols", "consistent"])
 def test_reading_of_crossed_windows_stays_within_the_plan(select: Any, tmp_path: Path) -> None:
     """The columns before the first and after the last are not read, nor a row twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,17 @@ def edit(folder: Path, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def empty(factor: torch.Tensor) -> torch.Tensor:
+    """The factor of rank 0."""
+    return factor[:0].clone() if factor.shape[0] == 4 else factor[:, :0].clone()
+
+
+B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[PktError], str]] = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), CheckpointError, "found no adap"),
@@ -172,7 +184,45 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[PktError], str]] = {
     ),
     "transposed": (lambda f: edit(f, fan_in_fan_out=True), IncompatibleError, "transposed"),
     "manifest": (
-        lambda f: (f / "pkt_manifest.json").write_text("{"), CheckpointError, "damaged",
+        lambda f: (f / "pkt_manifest.json").write_text("{"), CheckpointError, "cannot be read as",
+    ),
+    "a manifest without end": (
+        lambda f: (f / "pkt_manifest.json").write_text("[" * 200_000), CheckpointError,
+        "nested too deeply",
+    ),
+    "a config without end": (
+        lambda f: (f / "adapter_config.json").write_text("[" * 200_000), CheckpointError,
+        "nested too deeply",
+    ),
+    "a pipe for a config": (
+        lambda f: piped(f / "adapter_config.json"), CheckpointError, "found a pipe",
+    ),
+    "a pipe for weights": (
+        lambda f: piped(f / "adapter_model.safetensors"), CheckpointError, "found a pipe",
+    ),
+    "a device for a manifest": (
+        lambda f: (f / "pkt_manifest.json").symlink_to("/dev/zero"), CheckpointError,
+        "found a device",
+    ),
+    "a list of patterns": (
+        lambda f: edit(f, rank_pattern=["q_proj"]), CheckpointError, "expected an object",
+    ),
+    "a pattern that is none": (
+        lambda f: edit(f, rank_pattern={"(": 3}), CheckpointError, "expected patterns",
+    ),
+    "an alpha beyond floats": (
+        lambda f: edit(f, lora_alpha=10**400), CheckpointError, "expected a number",
+    ),
+    "an alpha beyond float32": (
+        lambda f: edit(f, lora_alpha=1e300), CheckpointError, "expected a number",
+    ),
+    "an alpha that makes B infinite": (
+        lambda f: change(f, lambda t: t[B].fill_(3e38)), CheckpointError, "infinite",
+    ),
+    "no rank at all": (
+        lambda f: (change(f, lambda t: t.update({n: empty(x) for n, x in t.items()})),
+                   edit(f, r=0)),
+        CheckpointError, "1 at least",
     ),
 }  # fmt: skip
 

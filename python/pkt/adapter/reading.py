@@ -8,7 +8,6 @@ product is BA. What is not a plain LoRA is refused: weights of another form woul
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from pkt.errors import CheckpointError, IncompatibleError
+from pkt.jsonfile import read_object, require_regular, shown
 from pkt.records import LowRank
 
 _KEY = re.compile(
@@ -42,6 +42,8 @@ _BEYOND = {
 }
 #: Initialisations that leave the base as it is; the others subtract their start from it.
 _PURE = (True, False, None, "gaussian", "eva", "orthogonal")
+MAX_NUMBER = 1e30  # of a rank or an alpha
+MAX_MANIFEST_BYTES = 256 << 20  # lists of rows and columns of every matrix are in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def read_adapter(folder: Path) -> Adapter:
     digest = hashlib.sha256(raw)
     halves: dict[str, dict[str, torch.Tensor]] = {}
     embeddings, stored = set(), {}
+    require_regular(path)
     try:
         with path.open("rb") as whole:
             while block := whole.read(1 << 22):
@@ -123,19 +126,12 @@ def read_factors(folder: Path) -> dict[str, LowRank]:
 
 def _config(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / "adapter_config.json"
-    try:
-        raw = path.read_bytes()
-        config = json.loads(raw)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not path.exists():
         raise CheckpointError(
             f"{folder}: expected a LoRA folder, found no {path.name}",
             "give the folder that pkt train, pkt extract or PEFT's save_pretrained() wrote",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return config, raw
+        )
+    return read_object(path), path.read_bytes()
 
 
 def _refuse(config: Mapping[str, Any], folder: Path) -> None:
@@ -167,32 +163,42 @@ def _scaled(
 
     if half.keys() != {"A", "B"} or half["A"].shape[0] != half["B"].shape[1]:
         raise CheckpointError(f"{path}: module '{name}' lacks a factor, or its ranks differ")
-    values = []
+    where = f"{path.parent / 'adapter_config.json'}"
+    values: list[float] = []
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = config.get(pattern) or {}
-        value = patterns.get(get_pattern_key(list(patterns), name), config.get(key))
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{path.parent}: {key} of '{name}': expected a number: {value!r}")
+        if not isinstance(patterns, dict):
+            raise CheckpointError(
+                f"{where}: {pattern}: expected an object, found {shown(patterns)}"
+            )
+        try:
+            value = patterns.get(get_pattern_key(list(patterns), name), config.get(key))
+        except re.error as error:
+            raise CheckpointError(f"{where}: {pattern}: expected patterns: {error}") from error
+        if not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:  # nor NaN
+            raise CheckpointError(
+                f"{where}: {key} of '{name}': expected a number, found {shown(value)}"
+            )
         values.append(value)
     rank, alpha = values
     held = half["A"].shape[0]
-    if rank != held:
+    if rank != held or not held:
         raise CheckpointError(
-            f"{path}: module '{name}': expected rank {rank}, as adapter_config.json has it, "
-            f"found {held}"
+            f"{path}: module '{name}': expected rank {rank}, as adapter_config.json has it, and 1 "
+            f"at least, found {held}"
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRank(half["B"] if scale == 1 else half["B"] * scale, half["A"])
+    b = half["B"] if scale == 1 else half["B"] * scale
+    if not b.isfinite().all():
+        raise CheckpointError(
+            f"{where}: lora_alpha of '{name}' makes its B infinite: {shown(alpha)}"
+        )
+    return LowRank(b, half["A"])
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "pkt_manifest.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: damaged: expected a JSON object")
-    return found

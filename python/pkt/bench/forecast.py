@@ -36,13 +36,14 @@ class Work:
     tokens: int
     loss_tokens: int
     head_parameters: int
-    ends_bytes: int  #: embedding and head
+    ends_bytes: int  #: embedding and head, read once
     window_bytes: int  #: read again for the factors
     boundary_bytes: int  #: a layer's inputs, all seeds: written once, read again in the backward
     boundaries_cached: bool  #: whether the page cache holds all that are kept at once
     cached_bytes: int = 0  #: of the layers, what the page cache holds when the order first turns
     every: int = 1  #: every k-th layer's inputs are kept, the others' made again
     segment_cached: bool = False  #: whether the page cache holds k layers from one use to the next
+    ends_reads: int = 1  #: twice where embedding and head are scored too
 
     @property
     def again(self) -> int:
@@ -81,7 +82,8 @@ class Work:
     def read_bytes(self) -> int:
         """From the disk, for the teacher."""
         layers = (self.layers + self.again_reads + self.backward_reads) * self.layer_bytes
-        return layers - self.cached_reads + self.ends_bytes + self.window_bytes
+        ends = self.ends_reads * self.ends_bytes
+        return layers - self.cached_reads + ends + self.window_bytes
 
     @property
     def spooled_bytes(self) -> int:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pkt.config import MIB, format_bytes
+from pkt.errors import BudgetError
+from pkt.host import memory_limit
 from pkt.products import bfloat16_products
 from pkt.records import Select
 from pkt.selection import Cut, choose, logical_matrix
@@ -23,6 +26,7 @@ SCORE_SHAPE = (4096, 11008)
 WINDOW_SHAPE = (8192, 8192)
 SQUARE = 4096  # side of the matrices that are multiplied
 LEAST_SECONDS = 0.2
+COPIED = 512 * MIB  # moved to measure the bandwidth of memory; less for small matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,13 @@ class WindowRates:
 
 
 def bench_score(shape: tuple[int, int] = SCORE_SHAPE, tokens: int = TOKENS) -> ScoreRates:
-    """Score a matrix of ``shape`` for one seed of ``tokens`` tokens."""
+    """Score a matrix of ``shape`` for one seed of ``tokens`` tokens.
+
+    Raises:
+        BudgetError: this host has not the memory: two matrices in bfloat16, two in float32.
+
+    """
+    _require(12 * shape[0] * shape[1] + COPIED, shape)
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     scores, count = torch.zeros(shape), weight.numel()
@@ -78,7 +88,7 @@ def bench_score(shape: tuple[int, int] = SCORE_SHAPE, tokens: int = TOKENS) -> S
     return ScoreRates(
         *shape,
         tokens,
-        copy_gigabytes_per_second=copy_bandwidth(12 * count),
+        copy_gigabytes_per_second=copy_bandwidth(min(COPIED, 12 * count)),
         fused_gigaparameters_per_second=count / fused / 1e9,
         fused_gigabytes_per_second=12 * count / fused / 1e9,
         made_gigaparameters_per_second=count / made / 1e9,
@@ -91,7 +101,13 @@ def bench_window(
     window: tuple[int, int] | None = None,
     square: int = SQUARE,
 ) -> WindowRates:
-    """Find the best ``window`` (by default half of either side) of a matrix of ``shape``."""
+    """Find the best ``window`` (by default half of either side) of a matrix of ``shape``.
+
+    Raises:
+        BudgetError: this host has not the memory: two matrices in float32.
+
+    """
+    _require(8 * shape[0] * shape[1], shape)
     generator = torch.Generator().manual_seed(0)
     scores = np.ascontiguousarray(torch.rand(shape, generator=generator).numpy())
     part = window or (max(1, shape[0] // 2), max(1, shape[1] // 2))
@@ -115,6 +131,16 @@ def copy_bandwidth(moved_bytes: int) -> float:
     source = torch.ones(max(1, moved_bytes // 8))
     target = torch.zeros_like(source)
     return 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+
+
+def _require(needed: int, shape: tuple[int, int]) -> None:
+    limit, source = memory_limit()
+    if needed > limit:
+        raise BudgetError(
+            f"a matrix of {shape[0]} × {shape[1]} takes {format_bytes(needed)} to measure with; "
+            f"{source} leaves {format_bytes(limit)}",
+            "name a smaller --teacher, or none",
+        )
 
 
 def best(work: Callable[[], object], least_seconds: float = LEAST_SECONDS) -> float:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkt import api
+from pkt.api.fitting import kept_records
 from pkt.bench.forecast import Forecast, Pace, Work, forecast, limit_seconds
-from pkt.bench.kernels import SQUARE, copy_bandwidth, matmul
+from pkt.bench.kernels import COPIED, SQUARE, copy_bandwidth, matmul
 from pkt.bench.reading import ReadRates, bench_read, temporary_file
 from pkt.bench.rehearsal import Notify, rehearse, rehearse_factors
 from pkt.checkpoint import DTYPE_BYTES
@@ -22,7 +23,6 @@ from pkt.records import IoMode, Reading, Sample, SampleSet
 from pkt.schedule import peak_boundaries
 
 ROUNDS = 3  # stretches for each way to read
-COPIED = 512 * MIB  # moved to measure the bandwidth of memory; less for tiny teachers
 FILE_BYTES = 512 * MIB  # of the file that is read where the teacher's hold nothing
 
 
@@ -130,6 +130,7 @@ def work_of(task: Task, mode: str, available_bytes: int) -> Work:
         loss_tokens=seeds.loss_tokens,
         head_parameters=head.elements,
         ends_bytes=head.bytes + teacher.embedding.bytes,
+        ends_reads=2 if task.config.embeddings else 1,
         window_bytes=_window_bytes(task),
         boundary_bytes=boundary,
         boundaries_cached=kept * boundary <= cache,
@@ -140,11 +141,18 @@ def work_of(task: Task, mode: str, available_bytes: int) -> Work:
 
 
 def _window_bytes(task: Task) -> int:
-    """Of the matrices' parts that are read again: rows of a window, or of all its columns."""
-    crossed = task.config.select in ("rows-cols", "consistent")
+    """Of the matrices' parts that are read again: of layers, and of embedding and head."""
+    teacher, student = task.teacher, task.student
+    kept = kept_records(task.config.select)
     total = 0
     for pair in task.pairs:
-        piece = task.teacher.checkpoint.layers[0][f"{pair.teacher.module}.weight"]
-        width = pair.teacher.in_features if crossed else pair.student.in_features
-        total += pair.student.out_features * width * DTYPE_BYTES[piece.dtype]
-    return total * task.student.layers
+        piece = teacher.checkpoint.layers[0][f"{pair.teacher.module}.weight"]
+        elements = pair.read_elements(crossed=kept["crossed"], masks=kept["masks"])
+        total += elements * DTYPE_BYTES[piece.dtype]
+    total *= student.layers
+    if task.config.embeddings:
+        vocabulary, width = student.embedding.shape
+        width = teacher.hidden_size if kept["sums"] else width  # with the channels between
+        for piece in (teacher.embedding, teacher.head or teacher.embedding):
+            total += vocabulary * width * DTYPE_BYTES[piece.dtype]
+    return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,8 @@ from pkt.disk import (
     takes_direct,
 )
 from pkt.errors import OutputError, PktError
+from pkt.host import in_memory
+from pkt.workplace import free_bytes
 
 ROUNDS = 6  # stretches for each way to read
 SECONDS = 30.0
@@ -86,17 +87,18 @@ def temporary_file(folder: Path | None, size: int) -> Iterator[Files]:
     """A file of ``size`` random bytes on the disk, gone when the block ends.
 
     Args:
-        folder: where; ``None`` for the system's temporary folder.
+        folder: where; ``None`` for the system's temporary folder, or for /var/tmp where that one is
+            in memory: its rate would be no disk's.
         size: bytes; at most half of what is free there.
 
     Raises:
         OutputError: it cannot be written, or not enough is free.
 
     """
-    where = Path(folder or tempfile.gettempdir())
+    where = folder or _temporary_folder()
     with ExitStack() as stack:
         try:
-            free = shutil.disk_usage(where).free
+            free = free_bytes(where)
             if size > free // 2:
                 raise OutputError(
                     f"{where}: {format_bytes(size)} to write, {format_bytes(free)} free; "
@@ -109,6 +111,16 @@ def temporary_file(folder: Path | None, size: int) -> Iterator[Files]:
         except OSError as error:
             raise OutputError(f"{where}: cannot write: {error.strerror}") from error
         yield [(path, size)]
+
+
+def _temporary_folder() -> Path:
+    for where in (Path(tempfile.gettempdir()), Path("/var/tmp")):
+        if where.is_dir() and not in_memory(where):
+            return where
+    raise OutputError(
+        f"{tempfile.gettempdir()}: expected a folder on a disk, found one in memory",
+        "name one on the disk to measure: --folder DIR",
+    )
 
 
 def _write(path: Path, size: int) -> None:

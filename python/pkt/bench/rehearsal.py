@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from pkt.checkpoint import Piece
-from pkt.cutting import cut_window, stack_parts
+from pkt.api.fitting import kept_records
+from pkt.checkpoint import DTYPE_BYTES, Piece
+from pkt.cutting import Indices, cut_weights, cut_window, stack_parts
 from pkt.disk import Stretch, drop_cached, on_disk
 from pkt.factorization import factorize
 from pkt.methods.seeking.steps import score
@@ -60,21 +61,19 @@ class RandomWeights:
     """In place of a `CheckpointSource`: tensors of the shapes asked for, from memory.
 
     They are views of as much memory as the run would have in one slot: those of a layer lie side by
-    side, what else is asked for (runs of embedding rows, the head) begins where they do.
+    side, what else is asked for (runs of embedding rows, the head) begins where they do; a
+    larger head is made when it is asked for, as the run reads it then.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         self.device = torch.device("cpu")
         layer = model.checkpoint.layers[0]
         self.slot_bytes = model.checkpoint.layer_bytes + PAGE
-        head = model.head or model.embedding
         rows = -(-self.slot_bytes // dtype.itemsize)
-        elements = max(sum(piece.elements for piece in layer.values()), head.elements, rows)
         generator = torch.Generator().manual_seed(0)
-        pool = (torch.randn(POOL, generator=generator) * DEVIATION).to(dtype)
-        self._memory = torch.empty(elements, dtype=dtype)
-        for part in self._memory.split(POOL):  # before anything is timed
-            part.copy_(pool[: len(part)])
+        self._pool = (torch.randn(POOL, generator=generator) * DEVIATION).to(dtype)
+        elements = sum(piece.elements for piece in layer.values())
+        self._memory = self._made(max(elements, rows))  # before anything is timed
         self._places: dict[str, int] = {}
         place = 0
         for name, piece in layer.items():
@@ -97,8 +96,16 @@ class RandomWeights:
     def _tensor(self, name: str, piece: Piece) -> torch.Tensor:
         if len(piece.shape) < 2:
             return torch.ones(piece.shape, dtype=self._memory.dtype)
+        if piece.elements > len(self._memory):
+            return self._made(piece.elements).view(piece.shape)
         place = self._places.get(name, 0)
         return self._memory[place : place + piece.elements].view(piece.shape)
+
+    def _made(self, elements: int) -> torch.Tensor:
+        memory = torch.empty(elements, dtype=self._pool.dtype)
+        for part in memory.split(POOL):
+            part.copy_(self._pool[: len(part)])
+        return memory
 
 
 def rehearse(task: Task, folder: Path, notify: Notify) -> LayerTimes:
@@ -186,7 +193,7 @@ def rehearse_factors(task: Task, mode: IoMode, notify: Notify) -> FactorTimes:
                 start = time.perf_counter()
                 weight = _stored(task, source, pairs, shape[0])
                 if weight is not None:
-                    read += weight.nbytes
+                    read += sum(_read_bytes(task, pair) for pair in pairs)
                     reading += time.perf_counter() - start
                 else:
                     weight = torch.randn(shape) * DEVIATION
@@ -197,7 +204,14 @@ def rehearse_factors(task: Task, mode: IoMode, notify: Notify) -> FactorTimes:
             notify("factors", done + 1, len(modules))
     finally:
         source.close()
-    return FactorTimes(factors * task.student.layers, read, reading)
+    ends = 0.0
+    if task.config.embeddings:  # the head's are as large
+        weight = torch.randn(task.student.embedding.shape) * DEVIATION
+        start = time.perf_counter()
+        factorize(weight, task.config.rank, task.config.split)
+        ends = 2 * (time.perf_counter() - start)
+        notify("factors", len(modules), len(modules))
+    return FactorTimes(factors * task.student.layers + ends, read, reading)
 
 
 def _stored(
@@ -213,11 +227,33 @@ def _stored(
     for pair in pairs:
         piece = layer[f"{pair.teacher.module}.weight"]
         drop_cached(checkpoint.files, Stretch(piece.shard, piece.begin, piece.end))
-        spans = (0, pair.student.out_features), (0, pair.student.in_features)
+        shape = pair.student.out_features, pair.student.in_features
         rows = physical_rows(pair.teacher, task.teacher.head_dim, pair.kv_repeat)
-        weight = cut_window(source.window, piece, Window(pair.key, 0.0, *spans), rows)
+        if kept_records(task.config.select)["masks"]:
+            chosen = _spread(shape[0] * shape[1], pair.teacher_rows * pair.teacher.in_features)
+            weight = cut_weights(source.window, piece, chosen, rows, shape)
+        else:
+            window = Window(pair.key, 0.0, (0, shape[0]), (0, shape[1]))
+            weight = cut_window(source.window, piece, window, rows)
         placed.append((weight, physical_rows(pair.student, task.student.head_dim, 1)))
     return stack_parts(placed, height)
+
+
+def _read_bytes(task: Task, pair: Pair) -> int:
+    """Of the teacher's matrix, to cut the first window of ``pair``: its rows, or all weights."""
+    piece = task.teacher.checkpoint.layers[0][f"{pair.teacher.module}.weight"]
+    masks = kept_records(task.config.select)["masks"]
+    return pair.read_elements(crossed=False, masks=masks) * DTYPE_BYTES[piece.dtype]
+
+
+def _spread(count: int, elements: int) -> Indices:
+    """``count`` indices of ``elements``, as far apart as they can be, as `cut_weights` asks."""
+
+    def chosen(start: int, stop: int) -> torch.Tensor:
+        first, last = (-(-at * count // elements) for at in (start, stop))
+        return torch.arange(first, last) * elements // count - start
+
+    return chosen
 
 
 def _last(moments: Sequence[float], whole: float) -> float:

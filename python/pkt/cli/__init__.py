@@ -30,6 +30,7 @@ from pkt.cli.extract import extract
 from pkt.cli.inspect import inspect
 from pkt.cli.interrupts import Interrupts
 from pkt.cli.options import Session
+from pkt.cli.tables import readable
 from pkt.cli.train import train
 from pkt.errors import InterruptError, PktError
 
@@ -114,16 +115,14 @@ def _explain(error: BaseException) -> int:
 def _fail(message: str, hint: str | None, code: int) -> int:
     who = f"process {processes()[0]}: " if processes()[1] > 1 else ""
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"pkt: error: {who}{_readable(message)}", err=True)
+        click.echo(f"pkt: error: {who}{readable(_clipped(message))}", err=True)
         if hint:
-            click.echo(f"hint: {_readable(hint)}", err=True)
+            click.echo(f"hint: {readable(_clipped(hint))}", err=True)
     return code
 
 
-def _readable(text: str) -> str:
-    """One line that cannot steer a terminal, whatever a file has put into it."""
-    clipped = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in clipped)
+def _clipped(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def _with_source(error: click.ClickException) -> str:

@@ -201,6 +201,10 @@ def _prepare(given: dict[str, Any]) -> Task:
 
         model = _open(given["teacher"])
         tokens = min(given["max_tokens"], model.positions or given["max_tokens"])
+        if tokens < 2:
+            raise UsageError(
+                f"seeds of {tokens} token have no loss", "assume --max-tokens 2 or more"
+            )
         seeds = assumed_seeds(given["limit"] or 32, tokens, model.embedding.shape[0])
     return api.prepare(given["teacher"], given["student"], seeds, aliases=aliases(), **rest)
 

@@ -41,12 +41,18 @@ def debugging() -> bool:
 
 def processes() -> tuple[int, int]:
     """This process's number and how many there are, as `accelerate launch` or torchrun says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("RANK", 0), _number("WORLD_SIZE", 1)
 
 
 def processes_here() -> int:
     """How many of them run on this host and share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """What a launcher says; what no launcher says (an empty variable) counts as unsaid."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else default
 
 
 def launcher() -> list[str] | None:

@@ -21,7 +21,7 @@ from pkt.cli.environment import aliases, stay_offline
 from pkt.cli.options import Session
 from pkt.cli.progress import Progress
 from pkt.cli.running import problems_line
-from pkt.cli.tables import match_table, models_table, plan_json, plan_table
+from pkt.cli.tables import match_table, models_table, plan_json, plan_table, readable
 from pkt.errors import IncompatibleError, UsageError
 from pkt.records import Inspection, IoMode
 
@@ -187,9 +187,9 @@ def _text(found: Inspection) -> str:
     if found.plan:
         parts.append(plan_table(found.plan))
     if found.notes:
-        parts.append("\n".join(f"note: {note}" for note in found.notes))
+        parts.append("\n".join(f"note: {readable(note)}" for note in found.notes))
     if found.problems:
-        parts.append("\n".join(f"problem: {problem}" for problem in found.problems))
+        parts.append("\n".join(f"problem: {readable(problem)}" for problem in found.problems))
     return "\n\n".join(parts)
 
 

@@ -12,15 +12,21 @@ from pkt.records import Extraction, MatchRow, Plan, Reading, Recording, SampleSe
 
 def aligned(rows: Sequence[Sequence[str]], indent: int = 0, right: Sequence[int] = ()) -> str:
     """Rows of equal length as columns two spaces apart; columns ``right`` end together."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [[readable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = []
-    for row in rows:
+    for row in shown:
         cells = [
             cell.rjust(width) if index in right else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append(" " * indent + "  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def readable(text: str) -> str:
+    """One line that cannot steer a terminal, whatever a file has put into it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def models_table(teacher: Mapping[str, Any], student: Mapping[str, Any] | None) -> str:
@@ -242,8 +248,8 @@ def windows_table(windows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def format_count(count: int) -> str:
     """A number of parameters: 1.24 B, 7.3 M, 812."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= 0.9995 * size:  # 999 950 is 1 M in three digits
             return f"{count / size:.3g} {unit}"
     return str(count)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pkt.errors import CheckpointError
 from pkt.merging.layout import INDEX
 
 _CONFIG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -22,18 +23,32 @@ _TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tok
 def copy_rest(source: Path, folder: Path, config: Mapping[str, Any] | None) -> None:
     """Copy what belongs to a model beside its weights: tokenizer, generation, chat templates.
 
+    Links are followed no further than those of weights: what is copied here may be published.
+
     Args:
         source: the model's folder.
         folder: existing.
         config: the new config.json; ``None`` copies the old one byte for byte.
 
+    Raises:
+        CheckpointError: a file is a link out of the model's folder.
+
     """
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if path.is_dir() and name == _TEMPLATES:
-            shutil.copytree(path, folder / name)
-        elif path.is_file() and _is_copied(name):
-            shutil.copyfile(path, folder / name)
+    rest = [path for path in sorted(source.iterdir()) if path.is_file() and _is_copied(path.name)]
+    rest += sorted(path for path in (source / _TEMPLATES).glob("*") if path.is_file())
+    roots = _roots(source)
+    for path in rest:
+        real = path.resolve()
+        if not any(real.is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{path}: expected a file of the model inside its folder, found a link to {real}, "
+                "outside",
+                "put the file itself there, or remove the link",
+            )
+    for path in rest:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     if config is None:
         shutil.copyfile(source / "config.json", folder / "config.json")
     else:
@@ -51,6 +66,14 @@ def new_config(config: Mapping[str, Any], dtype: str | None, untied: bool) -> di
     if untied:
         changed["tie_word_embeddings"] = False
     return {**config, **changed} if changed else None
+
+
+def _roots(source: Path) -> list[Path]:
+    """The real folder and, in the cache of the hub, the blobs of the same repository."""
+    real = source.resolve()
+    repository = real.parent.parent
+    cached = real.parent.name == "snapshots" and repository.name.startswith("models--")
+    return [real, repository / "blobs"] if cached else [real]
 
 
 def _is_copied(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ def lay_out(
     changes: Mapping[str, Change],
     dtype: str | None = None,
     added: Mapping[str, str] | None = None,
+    unread: Collection[str] = (),
 ) -> Layout:
     """Say which tensor goes where; nothing is read.
 
@@ -66,6 +67,8 @@ def lay_out(
         dtype: element type of every floating-point tensor; ``None`` keeps each one's own.
         added: tensors the source lacks: name → the source tensor it begins as. They are appended
             to the last file (a head that was tied, to be parted from the embedding).
+        unread: tensors that no model is loaded from, copied as they are whatever ``dtype`` says (a
+            mask of −10⁹ is infinite in float16).
 
     Raises:
         IncompatibleError: a changed tensor is no float matrix, or is kept in 8 bits.
@@ -75,13 +78,13 @@ def lay_out(
     for group in (*checkpoint.layers, checkpoint.outer):
         for piece in group.values():
             pieces[piece.name] = piece
-    indexed = (checkpoint.folder / INDEX).is_file()
-    shards: dict[str, list[Output]] = {}
-    for path, _ in checkpoint.files:
-        shards[str(path.relative_to(checkpoint.folder)) if indexed else SINGLE] = []
-    names = list(shards)
+    names = [str(path.relative_to(checkpoint.folder)) for path, _ in checkpoint.files]
+    indexed = names != [SINGLE] and (checkpoint.folder / INDEX).is_file()
+    names = names if indexed else [SINGLE]
+    shards: dict[str, list[Output]] = {name: [] for name in names}
     for piece in sorted(pieces.values(), key=lambda p: (p.shard, p.begin, p.end, p.name)):
-        shards[names[piece.shard]].append(_output(piece.name, piece, changes, dtype, checkpoint))
+        to = None if piece.name in unread else dtype
+        shards[names[piece.shard]].append(_output(piece.name, piece, changes, to, checkpoint))
     for name, source in (added or {}).items():
         shards[names[-1]].append(_output(name, pieces[source], changes, dtype, checkpoint))
     placed = {output.name for shard in shards.values() for output in shard}

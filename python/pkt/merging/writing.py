@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pkt import _core
 from pkt.checkpoint import Checkpoint
 from pkt.errors import CheckpointError
+from pkt.jsonfile import MAX_INDEX_BYTES, read_object, shown
 from pkt.merging.blocks import NUMPY, Blocks
 from pkt.merging.layout import INDEX, Layout, Output
 
@@ -45,6 +46,7 @@ def write_model(
 
     """
     blocks, errors, done = Blocks(checkpoint), {}, 0
+    index = _index(checkpoint.folder / INDEX, layout) if layout.indexed else None
     for name, outputs in layout.shards.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +62,8 @@ def write_model(
             writer.finish()
         finally:
             writer.close()
-    if layout.indexed:
-        _write_index(checkpoint.folder / INDEX, layout, folder / INDEX)
+    if index is not None:
+        (folder / INDEX).write_text(index, encoding="utf-8")
     return errors
 
 
@@ -140,15 +142,16 @@ def _same(
     return torch.equal(found, expected.to(found.dtype))
 
 
-def _write_index(source: Path, layout: Layout, path: Path) -> None:
-    try:
-        metadata = json.loads(source.read_text(encoding="utf-8")).get("metadata") or {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: cannot be read: {error}") from error
+def _index(source: Path, layout: Layout) -> str:
+    metadata = read_object(source, MAX_INDEX_BYTES).get("metadata")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"{source}: metadata: expected an object, found {shown(metadata)}",
+            'transformers does not load such a model; write "metadata": {} there',
+        )
     outputs = [(o, name) for name, shard in layout.shards.items() for o in shard]
     metadata["total_size"] = layout.bytes
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(output.source.elements for output, _ in outputs)
     weight_map = {output.name: name for output, name in sorted(outputs, key=lambda o: o[0].name)}
-    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8")
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"

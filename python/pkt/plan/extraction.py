@@ -187,7 +187,9 @@ def make_plan(
         smallest_bytes=-(-sizes[smallest] // MIB) * MIB,
         slots=slots,
         scores="matrix" if matrix else "layer",
-        read_bytes=_read_bytes(teacher, student, pairs, embeddings, crossed, sums, uses, slots),
+        read_bytes=_read_bytes(
+            teacher, student, pairs, embeddings, crossed, masks, sums, uses, slots
+        ),
         spool_bytes=spool(every),
         record_bytes=records,
         spool_every=every,
@@ -247,6 +249,7 @@ def _read_bytes(
     pairs: Sequence[Pair],
     embeddings: bool,
     crossed: bool,
+    masks: bool,
     listed: bool,
     uses: Sequence[int],
     slots: int,
@@ -256,8 +259,7 @@ def _read_bytes(
     layers = sum(sizes[i] for i, held in zip(uses, kept, strict=True) if held is None)
     ends = (teacher.head or teacher.embedding).bytes + teacher.embedding.bytes
     item = DTYPE_BYTES[(teacher.checkpoint.dtypes() or ["F32"])[0]]
-    widths = [p.teacher.in_features if crossed else p.student.in_features for p in pairs]
-    windows = sum(p.student.out_features * w for p, w in zip(pairs, widths, strict=True)) * item
+    windows = sum(pair.read_elements(crossed=crossed, masks=masks) for pair in pairs) * item
     windows *= student.layers if student else 0
     if embeddings and student:
         width = (teacher if listed else student).hidden_size  # with the channels between

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::folder::{self, Folder};
+use crate::folder::{self, Folder, SINGLE};
 use crate::header::{self, Tensor};
 use crate::json::{self, Value};
 
@@ -77,14 +77,15 @@ pub struct Catalogue {
 
 impl Catalogue {
     /// Reads the index and every header of the checkpoint in `folder`, and validates them against
-    /// each other.
+    /// each other. An index beside a `model.safetensors` is not read, nor its shards: transformers
+    /// loads the single file of the two, whichever was written last.
     ///
     /// # Errors
     /// [`Error::Unreadable`] if the folder holds no checkpoint that pkt reads, [`Error::Damaged`]
     /// if a file breaks its format or contradicts the index, [`Error::Io`] if the system refuses.
     pub fn open(folder: &Path) -> Result<Self> {
         let files = Folder::open(folder)?;
-        let assigned = if files.has(INDEX) {
+        let assigned = if files.has(INDEX) && !files.has(SINGLE) {
             let path = files.resolve(INDEX)?;
             Some(weight_map(&path, &read_index(&path)?)?)
         } else {

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, readable};
 
-const SINGLE: &str = "model.safetensors";
+/// The whole checkpoint in one file; where it lies beside an index, transformers loads it.
+pub(crate) const SINGLE: &str = "model.safetensors";
 const ADAPTER: &str = "adapter_model.safetensors";
 
 /// A folder that exists.

@@ -2,15 +2,18 @@
 //!
 //! `serde_json::Value` lets the last of two equal names win, so two readers of one file may see two
 //! different models. Both formats read here, the header of a shard and the index of a checkpoint,
-//! know only texts, sizes, lists of sizes and objects of these; anything else is kept as the words
-//! that an error message needs. Nesting is bounded by `serde_json` (128 levels).
+//! know only texts, sizes, lists of sizes and objects of these, in an object; anything else is kept as
+//! the words that an error message needs, and no object deeper than that is held: a stranger's
+//! nested ones would take fifty times their bytes. Nesting is bounded by `serde_json` (128 levels).
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str;
 
-use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+/// Objects that may hold one another: the whole, and a tensor's or a map's.
+const OBJECTS: u8 = 2;
 
 /// A JSON value, as far as a header or an index may hold it.
 pub(crate) enum Value {
@@ -27,7 +30,11 @@ impl Value {
     pub(crate) fn parse(json: &[u8]) -> Result<Self, String> {
         let text = str::from_utf8(json)
             .map_err(|error| format!("bytes that are not UTF-8 at {}", error.valid_up_to()))?;
-        serde_json::from_str(text).map_err(|error| format!("malformed JSON: {error}"))
+        let mut json = serde_json::Deserializer::from_str(text);
+        Inside(0)
+            .deserialize(&mut json)
+            .and_then(|value| json.end().map(|()| value))
+            .map_err(|error| format!("malformed JSON: {error}"))
     }
 }
 
@@ -68,15 +75,25 @@ impl fmt::Display for Value {
     }
 }
 
-impl<'de> Deserialize<'de> for Value {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ValueVisitor)
+/// Reads a value inside so many others.
+#[derive(Clone, Copy)]
+struct Inside(u8);
+
+impl Inside {
+    fn deeper(self) -> Self {
+        Self(self.0.saturating_add(1))
     }
 }
 
-struct ValueVisitor;
+impl<'de> DeserializeSeed<'de> for Inside {
+    type Value = Value;
 
-impl<'de> Visitor<'de> for ValueVisitor {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Inside {
     type Value = Value;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -110,7 +127,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
         let mut sizes = Vec::new();
         let mut stranger = None;
-        while let Some(item) = list.next_element()? {
+        while let Some(item) = list.next_element_seed(self.deeper())? {
             match item {
                 Value::Size(size) => sizes.push(size),
                 other => stranger = stranger.or(Some(other)),
@@ -124,9 +141,13 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Value, A::Error> {
+        if self.0 >= OBJECTS {
+            while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+            return Ok(Value::Other("an object".to_owned()));
+        }
         let mut members = Vec::new();
-        while let Some(member) = object.next_entry()? {
-            members.push(member);
+        while let Some(name) = object.next_key()? {
+            members.push((name, object.next_value_seed(self.deeper())?));
         }
         Ok(Value::Object(members))
     }
@@ -144,6 +165,16 @@ mod tests {
         let shown: Vec<_> = members.iter().map(|(name, value)| format!("{name} {value}")).collect();
         assert_eq!(shown, ["b 1", "a [2]", "b 'c'"]);
         assert_eq!(unique(members).err().as_deref(), Some("b"));
+    }
+
+    #[test]
+    fn an_object_inside_the_last_that_a_format_has_is_not_held() {
+        let deep = format!("{}0{}", r#"{"":"#.repeat(9), "}".repeat(9));
+        let Ok(Value::Object(mut outer)) = Value::parse(deep.as_bytes()) else {
+            panic!("no object");
+        };
+        let Some((_, Value::Object(mut inner))) = outer.pop() else { panic!("no object") };
+        assert!(matches!(inner.pop(), Some((_, Value::Other(words))) if words == "an object"));
     }
 
     #[test]

@@ -48,6 +48,7 @@ from pkt.methods.exporting.stored import require_own_base
 from pkt.methods.exporting.task import Form, Task
 from pkt.output import MANIFEST, as_json, publish, run_folder
 from pkt.records import Export
+from pkt.workplace import free_bytes
 
 __all__ = ["Architecture", "Form", "Task", "open_architecture", "run", "serving_note"]
 
@@ -191,10 +192,9 @@ def _layout(task: Task, folder: Path) -> Layout:
         b, a = (half.a.T, half.b.T) if place.transposed else (half.b, half.a)
         changes[place.tensor] = Change(b.contiguous(), a.contiguous())
     added = task.architecture.parted(task.places)
-    layout = lay_out(task.student.checkpoint, changes, task.dtype, added)
-    full = folder.absolute()
-    nearest = next(path for path in (full, *full.parents) if path.is_dir())
-    if layout.bytes > (free := shutil.disk_usage(nearest).free):
+    unread = task.architecture.unread()
+    layout = lay_out(task.student.checkpoint, changes, task.dtype, added, unread)
+    if layout.bytes > (free := free_bytes(folder)):
         raise BudgetError(
             f"{folder}: the model takes {format_bytes(layout.bytes)}; its disk has "
             f"{format_bytes(free)} free",
@@ -213,11 +213,11 @@ def _write_base(
     """Write the model of ``layout``; what rounding took of each module's change."""
     student = task.student
     with costs.phase("write"):
+        copy_rest(  # first: what is wrong there must not show after an hour of writing
+            student.folder, folder, new_config(student.config, task.dtype, untied=_parted(task))
+        )
         lost = write_model(
             student.checkpoint, layout, folder, lambda *step: notify(f"write {step[0]}", *step[1:])
-        )
-        copy_rest(
-            student.folder, folder, new_config(student.config, task.dtype, untied=_parted(task))
         )
     modules = {place.tensor: name for name, place in task.places.items()}
     return {modules[tensor]: error for tensor, error in lost.items()}

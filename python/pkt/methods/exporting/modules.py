@@ -37,6 +37,8 @@ class Architecture:
     head: str
     prefix: str  #: of the model without its head
     tied: bool  #: the configuration ties head and embedding
+    loaded: frozenset[str]  #: names of parameters and buffers
+    ignored: tuple[str, ...]  #: patterns of stored names that transformers passes over
 
     def places(self, adapters: Mapping[str, Adapter]) -> dict[str, Place]:
         """The place of every module that an adapter changes.
@@ -80,6 +82,22 @@ class Architecture:
     def parts(self, names: Collection[str]) -> bool:
         """Whether head and embedding, tied until now, differ after the change."""
         return self.tied and (self.embedding in names or self.head in names)
+
+    def unread(self) -> set[str]:
+        """Stored tensors that transformers loads nothing from, as GPT-NeoX's old masks."""
+        checkpoint = self.student.checkpoint
+        stored = [
+            piece.name
+            for group in (*checkpoint.layers, checkpoint.outer)
+            for piece in group.values()
+        ]
+        loaded = {self._bare(name) for name in self.loaded}
+        return {
+            name
+            for name in stored
+            if self._bare(name) not in loaded
+            and any(re.search(pattern, name) for pattern in self.ignored)
+        }
 
     def _place(self, name: str, adapter: Adapter) -> Place | str:
         module, half = self.modules.get(name), adapter.factors[name]
@@ -148,4 +166,8 @@ def open_architecture(student: Model) -> Architecture:
     names = {id(module): name for name, module in modules.items()}
     embedding, head = (names[id(end)] for end in ends)
     tied = bool(config.get_text_config().tie_word_embeddings)
-    return Architecture(student, modules, embedding, head, model.base_model_prefix, tied)
+    return Architecture(
+        student, modules, embedding, head, model.base_model_prefix, tied,
+        loaded=frozenset(model.state_dict()),
+        ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+    )  # fmt: skip

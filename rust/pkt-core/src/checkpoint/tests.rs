@@ -79,13 +79,30 @@ fn a_single_file_is_a_checkpoint() {
 }
 
 #[test]
+fn the_single_file_counts_before_an_index_beside_it() {
+    let parts = index(&[("a", "1.safetensors")]);
+    for others in [vec![], vec![("1.safetensors", shard(&[("a", 9)]))]] {
+        let single = shard(&[("a", 2)]);
+        let files =
+            [("model.safetensors", single), ("model.safetensors.index.json", parts.clone())];
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files.into_iter().chain(others) {
+            fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        let catalogue = Catalogue::open(folder.path()).unwrap();
+        assert_eq!(catalogue.bytes(), 2, "as transformers loads it");
+        assert_eq!(catalogue.shards.len(), 1);
+    }
+}
+
+#[test]
 fn the_index_says_which_shard_holds_a_tensor() {
     let folder = folder(&[
         (INDEX, &index(&[("a", "2.safetensors"), ("b", "in/1.safetensors")])),
         // Both hold "a", and the second holds "c", which the index does not know.
         ("in/1.safetensors", &shard(&[("a", 7), ("b", 2)])),
         ("2.safetensors", &shard(&[("a", 3), ("c", 9)])),
-        ("model.safetensors", b"not read where an index is"),
+        ("other.safetensors", b"not read where an index is"),
     ]);
     let catalogue = Catalogue::open(folder.path()).unwrap();
     let shards: Vec<_> = catalogue.shards.iter().map(|shard| &*shard.name).collect();
