@@ -30,6 +30,7 @@ from pkt.jsonfile import read_object, require_regular, shown
 _ENCODERS = {"bert", "roberta", "t5", "electra"}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 #: What pkt computes with, where it is given.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
 _COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions",
@@ -160,7 +161,13 @@ def open_model(name: str, aliases: Mapping[str, str], role: str = "model") -> Mo
         )
     refuse_unsupported(config, folder, role)
     _check_counts(config, config_path, _COUNTS, least=1)
-    layers = _get(config, "num_hidden_layers", "n_layer", "n_layers")
+    layers = _get(config, *_DEPTHS)
+    if not any(name in config for name in _DEPTHS):
+        raise IncompatibleError(
+            f"{role} {folder}: '{config.get('model_type')}' does not say how many layers it has: "
+            f"expected {' or '.join(_DEPTHS)} in config.json",
+            "pkt works on …ForCausalLM models whose layers are numbered in one list",
+        )
     if not isinstance(layers, int) or layers < 1:
         raise CheckpointError(f"{config_path}: num_hidden_layers: expected ≥ 1, found {layers!r}")
     checkpoint = open_checkpoint(folder, layers)

@@ -27,6 +27,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "rep
 TUNED = (*ADAPTER, "metrics.jsonl")
 #: What unfinished work depends on, and a result need not name.
 _OF_WORK = ("device", "processes", "weights")
+_REPLACED = "replaced.json"  # in the work folder: the manifest of what --overwrite removes
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
     *TUNED, "results.json", "results.md", "details", "targets", "pkt_run.json",
@@ -104,6 +105,11 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
     except OSError as error:
         raise OutputError(f"{folder}: cannot be the output folder: {error.strerror}") from error
     work = folder / WORK
+    if work.is_symlink():
+        raise OutputError(
+            f"{work}: expected a folder, found a link",
+            "remove it; --spool-dir puts large files on another disk",
+        )
     found = [name for name in found if name != WORK]
     if found and not (work / "run.json").is_file():
         ours = _written(folder)
@@ -184,27 +190,36 @@ def _claim(folder: Path, work: Path, identity: Mapping[str, Any], overwrite: boo
             "repeat its command to continue it, choose another -o, or add --overwrite",
         )
     drop_tensors(work)
-    # What says whose the rest is goes last: a kill leaves nothing that another run could take up.
-    for path in sorted(work.iterdir(), key=lambda path: path == state):
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if overwrite:
-        for name in _written(folder):  # the manifest first: without it nothing is finished
+        names = _written(folder)
+        if (folder / MANIFEST).is_file():  # first: without it nothing is finished
+            (folder / MANIFEST).rename(work / _REPLACED)  # and it says what else is ours
+        for name in names:
             path = folder / name
             if name != WORK and path.exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # What says whose the rest is goes last: a kill leaves nothing that another run could take up.
+    for path in sorted(work.iterdir(), key=lambda path: (path == state, path.name == _REPLACED)):
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_record(state, wanted)
     return False
 
 
 def _written(folder: Path) -> list[str]:
-    """Names that a command of pkt may have written into ``folder``, the manifest first."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        listed = [str(name) for name in manifest.get("files", []) if "/" not in str(name)]
-    except (OSError, ValueError, AttributeError, TypeError):
-        listed = []
-    return [MANIFEST, *(name for name in (*_OURS, *listed) if name not in (MANIFEST, ".", ".."))]
+    """Names that a command of pkt has written into ``folder``.
+
+    None but the work folder where no file says that it was pkt: a README.md is anybody's.
+    """
+    signs = (MANIFEST, "pkt_run.json", f"{WORK}/run.json", f"{WORK}/{_REPLACED}")
+    if not any((folder / name).is_file() for name in signs):
+        return [WORK]
+    listed: list[str] = []
+    for place in (folder / MANIFEST, folder / WORK / _REPLACED):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            manifest = json.loads(place.read_text(encoding="utf-8"))
+            listed += [str(name) for name in manifest.get("files", []) if "/" not in str(name)]
+    return [name for name in dict.fromkeys((*_OURS, *listed)) if name not in (".", "..")]
 
 
 def differences(held: Any, wanted: Any, path: str = "") -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from pkt.errors import PktError, UsageError
-from pkt.watch import Watch
+from pkt.watch import LEFT, Watch
 
 Item = TypeVar("Item")
 
@@ -139,7 +140,7 @@ def joined(count: int, device: str) -> Iterator[None]:
         PktError: another process has not come, has ended, or is no longer heard of.
 
     """
-    global _alone, _watch
+    global _alone, _met, _watch
     if count == 1:
         before, _alone = _alone, True
         try:
@@ -148,7 +149,7 @@ def joined(count: int, device: str) -> Iterator[None]:
             _alone = before
         return
     try:
-        store, rank, size = next(iter(rendezvous("env://")))
+        store, rank, size = _attended(lambda: next(iter(rendezvous("env://"))))
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
@@ -159,8 +160,12 @@ def joined(count: int, device: str) -> Iterator[None]:
     if on_cuda:
         _take_device(distributed.get_node_local_rank())
     watch = Watch(store, rank, size)
+    _met = True
     watch.meet()
-    try:
+
+    def connect() -> None:
+        if on_cuda:
+            _take_device(distributed.get_node_local_rank())  # of the thread that this runs in
         distributed.init_process_group(
             "nccl" if on_cuda else "gloo",
             store=store,
@@ -168,8 +173,15 @@ def joined(count: int, device: str) -> Iterator[None]:
             world_size=size,
             timeout=_NO_LIMIT,
         )
+
+    try:
+        _attended(connect, watch)
     except RuntimeError as error:
+        watch.leave()
         raise PktError(watch.loss(error), _AGAIN) from error
+    except BaseException:
+        watch.leave()
+        raise
     _watch = watch
     before, _alone = _alone, False
     try:
@@ -180,10 +192,25 @@ def joined(count: int, device: str) -> Iterator[None]:
     finally:
         _alone = before
     watch.part()
-    distributed.destroy_process_group()
+    if not watch.lost:
+        distributed.destroy_process_group()
     _watch = None
 
 
+def withdraw() -> None:
+    """Tell the others, which may wait for this process, that it has failed before `joined`.
+
+    It takes a few seconds if they cannot be told.
+    """
+    if _met:
+        return
+    soon = datetime.timedelta(seconds=10)
+    with contextlib.suppress(Exception):  # this process has an error of its own to report
+        store, rank, _ = _attended(lambda: next(iter(rendezvous("env://", timeout=soon))))
+        store.set(LEFT.format(rank), "1")
+
+
+_met = False  # others know of this process
 _watch: Watch | None = None  # beside torch's own group, of which there is one a process
 _alone = False  # in a run of one process
 
@@ -206,6 +233,31 @@ def _finish(work: Any) -> None:
         if _watch is None:
             raise
         raise PktError(_watch.loss(error), _AGAIN) from error
+
+
+def _attended(work: Callable[[], Item], watch: Watch | None = None) -> Item:
+    """What ``work`` returns or raises; signals and losses are noticed meanwhile.
+
+    torch waits inside such calls for as long as it takes, deaf to both.
+    """
+    found: list[Item] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="pkt-meet", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+        if thread.is_alive() and watch and watch.lost:
+            raise PktError(watch.lost, _AGAIN)
+    if raised:
+        raise raised[0]
+    return found[0]
 
 
 def _take_device(local_rank: int) -> None:

@@ -204,6 +204,7 @@ class Room:
     spool_dir: str | None  #: as given; None: the spool lies in OUT/.work
     spool_free: int
     shared: bool  #: both on one disk
+    spool_in_memory: bool = False  #: that "disk" is memory (/dev/shm): what lies there counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ def read_samples(
     limit: int = 32,
     max_tokens: int = 2048,
     positions: int | None = None,
+    vocabulary: int | None = None,
     spare: float = 0.0,
 ) -> SampleSet:
     r"""The samples of a JSONL file, as a model reads them.
@@ -81,14 +82,15 @@ def read_samples(
         limit: the first so many rows are read, 0 means all; later rows are not parsed.
         max_tokens: longer samples are cut to their first tokens.
         positions: most tokens that the model takes; cuts like ``max_tokens``.
+        vocabulary: rows of the model's embedding; ``None``: not looked at.
         spare: share of the rows that a cut may leave without an answer: they are left out.
 
     Raises:
         UsageError: ``limit`` below 0, ``max_tokens`` below 2, or ``chat`` without a template.
         DataError: an unreadable or empty file, a row that is none of the above, an empty answer,
             no EOS token to end an answer with, a conversation that the chat template refuses,
-            or more than ``spare`` of the rows without a token in the loss. Rows are named
-            ``file:line``.
+            a token that the embedding has no row for, or more than ``spare`` of the rows without a
+            token in the loss. Rows are named ``file:line``.
 
     Source: arXiv 2310.11451, with the prompt format of maszhongming/ParaKnowTransfer@1a104a2.
 
@@ -111,6 +113,14 @@ def read_samples(
                     raise
                 first = first or error
                 masked.append(name)
+                continue
+            if vocabulary is not None and (largest := max(samples[-1].tokens)) >= vocabulary:
+                raise DataError(
+                    f"{where}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}): "
+                    f"the model's embedding has {vocabulary} rows",
+                    "its tokenizer was given tokens and the model was not resized: take the "
+                    "tokenizer that the model was trained with, or resize_token_embeddings()",
+                )
     total = len(samples) + len(masked)
     if not total:
         raise DataError(f"{path}: expected one JSON object a line, found no row")

@@ -24,6 +24,7 @@ from pkt.config import READ_THREADS, format_bytes
 from pkt.errors import BudgetError
 from pkt.schedule import turns
 
+TURNED = 1 << 22  # weights of float16 made bfloat16 at once
 PAGE = 4096  # O_DIRECT wants memory and file offsets that agree modulo this
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -302,6 +303,13 @@ def _views(
         view = raw.view(TORCH_DTYPES[piece.dtype]).view(piece.shape)
         if view.dtype == torch.float16 and dtype == torch.bfloat16:
             here = view.view(dtype)  # same size: in place
-            view = here if turned else here.copy_(view.to(dtype))
+            view = here if turned else _turned(view, here)
         tensors[name] = view if dtype is None else view.to(dtype)
     return tensors
+
+
+def _turned(stored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """``target``, over the same memory, as what is ``stored``; block by block, without a copy."""
+    for old, new in zip(stored.view(-1).split(TURNED), target.view(-1).split(TURNED), strict=True):
+        new.copy_(old.to(target.dtype))
+    return target

@@ -19,6 +19,7 @@ from pkt.errors import PktError
 BEAT_SECONDS = 5.0
 MISSED_BEATS = 8  # in a row: 40 s of silence
 MEET_SECONDS = 1800.0  # one host may still be fetching a model
+LEFT = "pkt/left/{}"  # in the store, of a process that has failed
 UNREACHABLE = "the host where the processes met cannot be reached any more"
 
 
@@ -38,7 +39,7 @@ class Watch:
         ours = self._store.clone()
         self._beat(ours, 0)
         since = time.monotonic()
-        while away := [other for other in self._others if not ours.check([f"pkt/beat/{other}"])]:
+        while away := self._away(ours):
             if time.monotonic() - since > MEET_SECONDS:
                 raise PktError(
                     f"{self._name(away[0])} has not come within {MEET_SECONDS:.0f} s",
@@ -63,7 +64,7 @@ class Watch:
         self._ended.set()
         with contextlib.suppress(RuntimeError):
             if not self.lost:
-                self._store.set(f"pkt/left/{self._rank}", "1")
+                self._store.set(LEFT.format(self._rank), "1")
 
     def part(self) -> None:
         """Return when no process waits for another any more, or one is gone.
@@ -113,9 +114,18 @@ class Watch:
 
     def _left(self, store: Any) -> str | None:
         for other in self._others:
-            if store.check([f"pkt/left/{other}"]):
+            if store.check([LEFT.format(other)]):
                 return f"{self._name(other)} has ended with an error, which it prints itself"
         return None
+
+    def _away(self, store: Any) -> list[int]:
+        """Who has not come yet, while all may still come."""
+        try:
+            if left := self._left(store):
+                raise PktError(left, "once that is mended, start all again")
+            return [other for other in self._others if not store.check([f"pkt/beat/{other}"])]
+        except RuntimeError as error:
+            raise PktError(UNREACHABLE, "its own messages say why; then start all again") from error
 
     def _beat(self, store: Any, number: int) -> None:
         store.set(f"pkt/beat/{self._rank}", str(number))

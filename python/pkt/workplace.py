@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pkt.errors import OutputError
+from pkt.host import in_memory
 from pkt.records import Room
 
 WORK = ".work"
@@ -101,6 +102,7 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
         spool_dir=None if spool_dir is None else str(spool_dir),
         spool_free=free(given),
         shared=_device(given) == _device(output_dir),
+        spool_in_memory=in_memory(_existing(given)),
     )
 
 

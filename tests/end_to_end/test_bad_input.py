@@ -130,6 +130,49 @@ def test_models_of_another_kind(
     assert f"{role} {model}" in line
 
 
+def test_integer_weights(inputs: Inputs, out: Path, tmp_path: Path) -> None:
+    """As of a late layer: said before anything is read."""
+    name = "model.layers.3.self_attn.q_proj.weight"
+    for weight, kind in ((name, torch.int8), ("model.norm.weight", torch.int64)):
+        model = with_weights(
+            inputs.teacher,
+            tmp_path / str(kind),
+            lambda w, n=weight, k=kind: w.update({n: w[n].to(k)}),
+        )
+        line = refused(extract(inputs, out, teacher=model), 3, out)
+        assert f"tensor '{weight}'" in line
+        assert "expected floating-point weights, found I" in line
+
+
+def test_a_family_that_counts_its_layers_otherwise(
+    inputs: Inputs, out: Path, tmp_path: Path
+) -> None:
+    def rename(config: dict[str, Any]) -> None:
+        config["num_layers"] = config.pop("num_hidden_layers")
+
+    model = copy_of(inputs.teacher, tmp_path / "model", rename)
+    assert "how many layers" in refused(extract(inputs, out, teacher=model), 3, out)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "eager", "return_dict": False, "output_attentions": False},
+    ],
+)
+def test_how_a_stranger_ran_the_teacher_is_not_how_it_is_swept(
+    inputs: Inputs, out: Path, tmp_path: Path, entries: dict[str, Any]
+) -> None:
+    model = copy_of(inputs.teacher, tmp_path / "model", lambda c: c.update(entries))
+    assert extract(inputs, out, teacher=model).code == 0
+    plain = tmp_path / "plain"
+    assert extract(inputs, plain).code == 0
+    ours, theirs = ((place / "adapter_model.safetensors").read_bytes() for place in (out, plain))
+    assert ours == theirs
+
+
 # 1: checkpoints
 
 
@@ -209,6 +252,45 @@ def test_seeds_that_cannot_be_used(
     assert str(seeds) in line
 
 
+@pytest.mark.parametrize("where", ["question", "answer"])
+def test_a_token_that_the_model_was_not_given(
+    inputs: Inputs, out: Path, tmp_path: Path, where: str
+) -> None:
+    """Its tokenizer was extended and the model not resized."""
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(inputs.teacher, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<|added|>"])
+    tokenizer.save_pretrained(model)
+    row = {"question": "a b", "answer": "c d"}
+    rows = [row, {**row, where: "a <|added|> b"}]
+    seeds = write_seeds(tmp_path / "seeds.jsonl", rows)
+    ended = extract(inputs, out, teacher=model, seeds=seeds)
+    line = refused(ended, 5, out)
+    assert f"{seeds}:2: token 128 ('<|added|>')" in line
+    assert "128 rows" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rank: [1]", "rank: expected one value"),
+        ("limit: {a: 1}", "limit: expected one value"),
+        ("overwrite: 7", "overwrite: expected true or false"),
+        ("embeddings: [1]", "embeddings: expected true or false"),
+    ],
+)
+def test_a_config_of_strange_values(
+    inputs: Inputs, out: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    line = refused(
+        pkt("extract", *inputs.options(), "-o", out, "--config", tmp_path / "c.yaml"), 2, out
+    )
+    assert said in line
+
+
 def test_seeds_without_a_token_to_predict(inputs: Inputs, out: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(inputs.teacher, teacher)
@@ -241,6 +323,56 @@ def test_an_output_folder_that_holds_something_else(
     assert ended.code == 1
     assert "thesis.tex" in ended.error
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_users_own_files_are_not_pkts_by_their_names(inputs: Inputs, out: Path) -> None:
+    (out / "report").mkdir(parents=True)
+    for name in ("README.md", "report/thesis.tex"):
+        (out / name).write_text("mine")
+    for options in ([], ["--overwrite"]):
+        ended = extract(inputs, out, *options)
+        assert ended.code == 1
+        assert "README.md" in ended.error
+        assert "--overwrite" not in ended.hint
+    assert (out / "report" / "thesis.tex").read_text() == "mine"
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_a_link_in_place_of_the_work_folder(inputs: Inputs, out: Path, tmp_path: Path) -> None:
+    out.mkdir(parents=True)
+    (tmp_path / "large").mkdir()
+    (out / ".work").symlink_to(tmp_path / "large")
+    ended = extract(inputs, out)
+    assert ended.code == 1
+    assert "found a link" in ended.error
+    assert "--spool-dir" in ended.hint
+
+
+def test_killed_while_it_replaces_what_a_manifest_names(
+    inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an export that is replaced: what only its manifest says is pkt's stays pkt's."""
+    out.mkdir(parents=True)
+    for name in ("a.safetensors", "b.safetensors", "README.md"):
+        (out / name).write_bytes(b"theirs")
+    (out / "pkt_manifest.json").write_text(
+        json.dumps({"method": "exporting", "files": ["a.safetensors", "b.safetensors"]})
+    )
+    unlink = Path.unlink
+
+    def stop(path: Path, *more: Any, **options: Any) -> None:
+        if path.name == "b.safetensors":
+            raise KeyboardInterrupt
+        unlink(path, *more, **options)
+
+    monkeypatch.setattr(Path, "unlink", stop)
+    assert extract(inputs, out, "--overwrite").code == 130
+    monkeypatch.undo()
+    assert (out / "b.safetensors").exists()
+    assert not (out / "pkt_manifest.json").exists()
+    assert extract(inputs, out).code == 1
+    assert extract(inputs, out, "--overwrite").code == 0
+    assert not list(out.glob("?.safetensors"))
 
 
 def test_an_output_folder_of_another_run(inputs: Inputs, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,26 @@ def room(spool: int, out: int | None = None) -> Room:
     """So much free on the disk of the spool; OUT on the same one, or with its own room."""
     shared = out is None
     return Room("OUT", spool if out is None else out, None if shared else "DIR", spool, shared)
+
+
+def test_a_disk_that_is_memory_is_part_of_the_plan(tmp_path: Path) -> None:
+    small = sparse(tmp_path / "s", 2, 1024, 2048, 8)
+    pair = sparse(tmp_path / "t", 8, 2048, 5504, 16), small
+    disk = room(1 << 50)
+    on_disk, in_memory = (
+        planned(pair, room=disk),
+        planned(pair, room=replace(disk, spool_in_memory=True)),
+    )
+    assert part(in_memory, "layer inputs") == in_memory.spool_bytes > 0
+    assert part(on_disk, "layer inputs") == 0
+    assert in_memory.smallest_bytes > on_disk.smallest_bytes
+
+
+def test_many_seeds_take_memory_themselves(tmp_path: Path) -> None:
+    pair = (sparse(tmp_path / "t", 4, 2048, 5504, 16), sparse(tmp_path / "s", 2, 1024, 2048, 8))
+    few, many = planned(pair, tokens=2048), planned(pair, tokens=2048 * 10_000)
+    assert part(many, "seeds") == 10_000 * part(few, "seeds")
+    assert 0.8e9 < part(many, "seeds") < 1.2e9
 
 
 def test_the_smallest_k_that_the_disk_has_room_for(tmp_path: Path) -> None:

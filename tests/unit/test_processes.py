@@ -101,6 +101,26 @@ def test_one_that_fails_says_so(store: TCPStore) -> None:
     assert ours.loss() == "process 1 (of 0 to 1) has ended with an error, which it prints itself"
 
 
+def test_one_that_failed_before_it_came(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so where the others wait for it."""
+    monkeypatch.setattr(processes, "_met", False)
+    monkeypatch.setattr(processes, "rendezvous", lambda *args, **more: iter([(store, 1, 2)]))
+    processes.withdraw()
+    with pytest.raises(PktError, match=r"process 1 \(of 0 to 1\) has ended with an error"):
+        Watch(store, 0, 2).meet()
+
+
+def test_a_call_that_waits_for_ever_is_left_when_another_is_lost(store: TCPStore) -> None:
+    ours, never = Watch(store, 0, 2), threading.Event()
+    assert processes._attended(lambda: 7, ours) == 7
+    with pytest.raises(ValueError, match="mine"):
+        processes._attended(lambda: int("mine"), ours)
+    ours.lost = "process 1 is gone"
+    with pytest.raises(PktError, match="process 1 is gone"):
+        processes._attended(never.wait, ours)
+    never.set()
+
+
 def test_one_that_does_not_come(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MEET_SECONDS", 0.1)
     with pytest.raises(PktError, match=r"process 1 \(of 0 to 1\) has not come within"):

@@ -139,9 +139,10 @@ def test_reads_out_of_turn_and_windows(mode: str, folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
 def test_other_types_are_converted_value_by_value(
-    dtype: str, computed: torch.dtype, tmp_path: Path
+    dtype: str, computed: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float16 becomes bfloat16 in place, where both have the same size; windows stay as stored."""
+    monkeypatch.setattr("pkt.stream.TURNED", 7)  # weights at once
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(12, 10, generator=draw).to(TORCH_DTYPES[dtype])
     names = [f"model.layers.{i}.{n}.weight" for i in range(2) for n in ("a", "b")]

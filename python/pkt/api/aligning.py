@@ -150,6 +150,7 @@ def prepare_targets(
     samples = read_samples(
         Path(data), tokenizers[1], template=template, limit=max_examples,
         max_tokens=max_tokens, positions=small.positions, spare=SPARE,
+        vocabulary=small.embedding.shape[0],
     )  # fmt: skip
     aligned = None
     if same:
@@ -158,6 +159,7 @@ def prepare_targets(
         theirs = read_samples(
             Path(data), tokenizers[0], template=template, limit=max_examples,
             max_tokens=max_tokens, positions=big.positions, spare=1.0,
+            vocabulary=big.embedding.shape[0],
         )  # fmt: skip
         spelled = spelling_of(big, tokenizers[0]), spelling_of(small, tokenizers[1])
         aligned = aligned_texts(

@@ -180,6 +180,7 @@ def _read_loss(request: Request, place: Path | None) -> None:
         path, request.tokenizers["student"], template=options["template"],
         limit=options["limit"], max_tokens=options["max_tokens"],
         positions=min(positions, default=None), spare=1.0,
+        vocabulary=min(model.embedding.shape[0] for model in models if model),
     )  # fmt: skip
     if not read.samples:
         raise UsageError(

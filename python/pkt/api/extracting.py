@@ -108,7 +108,7 @@ def prepare(
     else:
         read = read_samples(
             Path(seeds), load_tokenizer(big), template=template, limit=limit,
-            max_tokens=max_tokens, positions=big.positions,
+            max_tokens=max_tokens, positions=big.positions, vocabulary=big.embedding.shape[0],
         )  # fmt: skip
     if len(read.samples) < processes:
         raise UsageError(
@@ -120,7 +120,7 @@ def prepare(
     plan = make_plan(
         big, small, pairs, dtype=computed, rank=rank, longest=read.longest,
         rows=most_rows(lengths), shapes=shapes(lengths),
-        tokens=_tokens_here(read, processes, processes_here),
+        tokens=_tokens_here(read, processes, processes_here), seeds=read.tokens,
         budget=budget(max_ram, processes_here), embeddings=embeddings,
         every=checked_every(spool_every), room=room(Path(output_dir), optional_path(spool_dir)),
         **kept_records(select),

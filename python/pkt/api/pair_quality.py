@@ -102,7 +102,7 @@ def prepare_quality(
     read = [
         read_samples(
             path, tokenizer, template=template, limit=limit, max_tokens=max_tokens,
-            positions=model.positions,
+            positions=model.positions, vocabulary=model.embedding.shape[0],
         )
         for model, tokenizer in zip((big, small), tokenizers, strict=True)
     ]  # fmt: skip

@@ -154,11 +154,9 @@ def prepare_training(
             raise UsageError(f"--rank {rank}: the extraction {init} has rank {held}")
     adapted = _layers(layers, model) if layers is not None else None
     tokenizer = load_tokenizer(model)
-    options = {"template": template, "max_tokens": max_tokens, "positions": model.positions}
-    read = _read(Path(data), tokenizer, limit=max_examples, spare=SPARE, **options)
-    held_out = (
-        _read(Path(eval_data), tokenizer, limit=0, spare=SPARE, **options) if eval_data else None
-    )
+    options: dict[str, Any] = {"template": template, "max_tokens": max_tokens}
+    read = _read(Path(data), model, tokenizer, limit=max_examples, **options)
+    held_out = _read(Path(eval_data), model, tokenizer, **options) if eval_data else None
     computed = compute_dtype(model, dtype)
     _require_room(model, computed, budget(max_ram))
     timed = _schedule(Schedule, schedule)
@@ -195,8 +193,7 @@ def read_held_out(
     task: Task, path: Path, *, template: Template = "auto", max_tokens: int = 2048
 ) -> SampleSet:
     """Samples of ``path`` as the student of ``task`` reads them, for measuring only."""
-    options = {"template": template, "max_tokens": max_tokens, "positions": task.student.positions}
-    return _read(path, task.tokenizer, limit=0, spare=SPARE, **options)
+    return _read(path, task.student, task.tokenizer, template=template, max_tokens=max_tokens)
 
 
 def execute_training(
@@ -358,10 +355,13 @@ def _extraction(folder: Path, student: Model, option: str) -> tuple[Any, dict[st
     return factors, {"select": manifest["options"]["select"], "adapter_sha256": digest}
 
 
-def _read(path: Path, tokenizer: Any, **options: Any) -> SampleSet:
+def _read(path: Path, model: Model, tokenizer: Any, *, limit: int = 0, **options: Any) -> SampleSet:
     from pkt.samples import read_samples
 
-    return read_samples(path, tokenizer, **options)
+    return read_samples(
+        path, tokenizer, limit=limit, positions=model.positions,
+        vocabulary=model.embedding.shape[0], spare=SPARE, **options,
+    )  # fmt: skip
 
 
 def _require_room(student: Model, dtype: str, allowed: tuple[int, str]) -> None:

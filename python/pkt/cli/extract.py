@@ -17,7 +17,7 @@ from pkt import api
 from pkt.cli import options
 from pkt.cli.environment import alias_file, aliases, processes, processes_here, stay_offline
 from pkt.cli.options import Session
-from pkt.cli.running import perform, prepare, result_json
+from pkt.cli.running import announced, perform, prepare, result_json
 from pkt.cli.tables import aligned, models_table, plan_json, plan_table, seeds_line
 from pkt.errors import PktError, UsageError
 from pkt.models import load_tokenizer, open_model, resolve
@@ -124,18 +124,19 @@ def extract(session: Session, /, **given: Any) -> None:
     more = ("template", "embeddings", "max_tokens", "limit", "max_ram", "dtype", "seed")
     disk = {name: given[name] for name in ("spool_dir", "spool_every", "output_dir") if given[name]}
     say = not given["quiet"] and process == 0
-    task = prepare(
-        say=say, processes=count, processes_here=processes_here(), **disk,
-        **{name: given[name] for name in (*names, *more)},
-    )  # fmt: skip
-    if given["dry_run"]:
-        if process == 0:
-            _dry_run(task, given)
-        return
-    made = perform(
-        session, task, given["output_dir"], io=given["io"], device=given["device"],
-        overwrite=given["overwrite"], say=say,
-    )  # fmt: skip
+    with announced():
+        task = prepare(
+            say=say, processes=count, processes_here=processes_here(), **disk,
+            **{name: given[name] for name in (*names, *more)},
+        )  # fmt: skip
+        if given["dry_run"]:
+            if process == 0:
+                _dry_run(task, given)
+            return
+        made = perform(
+            session, task, given["output_dir"], io=given["io"], device=given["device"],
+            overwrite=given["overwrite"], say=say,
+        )  # fmt: skip
     if process == 0:
         click.echo(result_json(made) if given["as_json"] else str(made.folder))
 

@@ -43,8 +43,24 @@ def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
         loaded = load_yaml(path, frozenset(known | {"json"}))
         if "json" in loaded:
             loaded["as_json"] = loaded.pop("json")
+        for option in ctx.command.params:
+            _require_kind(option, loaded.get(option.name or ""), ctx, param)
         ctx.default_map = {**(ctx.default_map or {}), **loaded}
     return path
+
+
+def _require_kind(
+    option: click.Parameter, value: object, ctx: click.Context, param: click.Parameter
+) -> None:
+    """Refuse what a YAML file may hold and a command line cannot, which click does not expect."""
+    several = option.multiple or option.type is click.UNPROCESSED
+    kinds: tuple[type, ...] = (str, int, float, *((list,) if several else ()))
+    if isinstance(option.type, click.types.BoolParamType):
+        kinds = (bool, str)
+    if value is not None and not isinstance(value, kinds):
+        name = (option.name or "").replace("_", "-")
+        expected = "true or false" if bool in kinds else "one value"
+        raise click.BadParameter(f"{name}: expected {expected}, found {value!r}", ctx, param)
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -5,10 +5,11 @@ What `pkt extract` and `pkt demo` share. Everything said here goes to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,19 @@ def problems_line(teacher: str, student: str, problems: Sequence[str]) -> str:
     """What forbids a run, in one line."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{teacher} → {student}: {problems[0]}{more}"
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[None]:
+    """Processes on other hosts, which wait for this one, are told where the block fails."""
+    try:
+        yield
+    except BaseException:
+        if processes()[1] > processes_here():
+            from pkt.processes import withdraw
+
+            withdraw()
+        raise
 
 
 def perform(

@@ -18,6 +18,7 @@ from pkt.plan.sizes import (
     DEVICE_BASE_BYTES,
     DEVICE_BLOCK_BYTES,
     INDEX_BYTES,
+    SEED_BYTES,
     attention_bytes,
     block_bytes,
     factoring_bytes,
@@ -44,6 +45,7 @@ def make_plan(
     longest: int,
     rows: int,
     shapes: int,
+    seeds: int | None = None,
     budget: tuple[int, str],
     embeddings: bool = False,
     masks: bool = False,
@@ -64,6 +66,8 @@ def make_plan(
         longest: tokens of the longest seed.
         rows: of the largest batch of seeds, as `pkt.batches` has them.
         shapes: number of different batches, by seeds and rows.
+        seeds: tokens that this process holds, those of the others' seeds included; ``None``: the
+            same as ``tokens``.
         budget: bytes allowed, and where that number comes from.
         embeddings: whether embedding and head are extracted too.
         masks: whether single weights are chosen, whose bit masks are kept.
@@ -102,6 +106,7 @@ def make_plan(
         window = max(window, factoring_bytes(vocabulary, width, rank, stored))
     listed = sum(p.student.out_features + p.student.in_features for p in pairs) if crossed else 0
     base = PlanPart("torch, transformers, peft", BASE_BYTES)
+    texts = PlanPart("seeds", SEED_BYTES * (tokens if seeds is None else seeds))
     records = (_sums_bytes(pairs) if sums else _packed_bytes(listed)) * teacher.layers
     kept = [PlanPart(f"{'sums' if sums else 'choices'} of every layer", records)][: records > 0]
     largest = max((p.elements for p in matrices), default=0)
@@ -129,14 +134,24 @@ def make_plan(
         shared = [
             base,
             *kept,
+            texts,
             PlanPart(
                 "layer slots", slots * slot, f"{slots}, {'ahead' if slots > 1 else 'in turn'}"
             ),
         ]
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
+        if room and room.spool_in_memory:
+            size = spool(every or 1, matrix)
+            shared.append(PlanPart("layer inputs", size, "their folder is in memory"))
         sweep, ends = phases(shared, matrix, block_bytes(dtype), on_cpu=True)
-        factors = [base, *kept, PlanPart("largest window", window), PlanPart("adapter", adapter)]
+        factors = [
+            base,
+            *kept,
+            texts,
+            PlanPart("largest window", window),
+            PlanPart("adapter", adapter),
+        ]
         if listed and student:
             size = INDEX_BYTES * listed * student.layers
             factors.append(PlanPart("chosen rows and columns", size))
@@ -156,6 +171,13 @@ def make_plan(
         factors = [shared[0], PlanPart("largest window", window)]
         return tuple(max((sweep, ends, factors), key=total_bytes))
 
+    block = tokens * teacher.hidden_size * item
+    crossing = tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item
+
+    def spool(every: int, matrix: bool) -> int:
+        kept = peak_boundaries(teacher.layers, every, embeddings) * block
+        return kept + (crossing if matrix else 0)
+
     settings = [(2, False), (1, False), (2, True), (1, True)]
     sizes = {s: total_bytes(parts(*s)) for s in settings}
     fitting = [s for s in settings if sizes[s] <= budget[0]]
@@ -163,19 +185,13 @@ def make_plan(
     slots, matrix = fitting[0] if fitting else smallest
     while slots < teacher.layers and total_bytes(parts(slots + 1, matrix)) <= budget[0]:
         slots += 1
-    block = tokens * teacher.hidden_size * item
-    crossing = tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item if matrix else 0
     if masks:
         records += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
-
-    def spool(every: int) -> int:
-        return peak_boundaries(teacher.layers, every, embeddings) * block + crossing
-
     choices = range(1, teacher.layers + 1)
-    least = min(choices, key=spool) if room else 1
+    least = min(choices, key=lambda k: spool(k, matrix)) if room else 1
     if every is None:
         free = _spool_room(room, records + adapter)
-        every = next((k for k in choices if free is None or spool(k) <= free), least)
+        every = next((k for k in choices if free is None or spool(k, matrix) <= free), least)
     steps = schedule(teacher.layers, every, last=embeddings)
     uses = [step.layer for step in steps if step.kind in ("forward", "backward")]
     again = sum(step.kind == "forward" and step.again for step in steps)
@@ -190,14 +206,14 @@ def make_plan(
         read_bytes=_read_bytes(
             teacher, student, pairs, embeddings, crossed, masks, sums, uses, slots
         ),
-        spool_bytes=spool(every),
+        spool_bytes=spool(every, matrix),
         record_bytes=records,
         spool_every=every,
         recomputed_layers=again,
         flop=(4 * teacher.layers + again) * products + 4 * tokens * head.elements,
         adapter_bytes=adapter,
         room=room,
-        least_spool=(least, spool(least)),
+        least_spool=(least, spool(least, matrix)),
         device_parts=on_device(matrix),
     )
 

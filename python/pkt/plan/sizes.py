@@ -23,6 +23,7 @@ DEVICE_BLOCK_BYTES = 128 * MIB  # a row block of gradients there, and the head's
 PRODUCT_BYTES = 640 << 10  # what oneDNN keeps of a bfloat16 product of one shape, measured
 MOST_PRODUCTS = 1024  # of which it keeps so many
 EAGER = ("gemma2", "granite_swa", "vaultgemma")
+SEED_BYTES = 48  # of a token, as Python holds it: measured
 INDEX_BYTES = 144  # a chosen row or column: a Python integer, and what writes it as JSON
 
 
@@ -32,8 +33,15 @@ def total_bytes(parts: Iterable[PlanPart]) -> int:
 
 
 def is_eager(teacher: Model) -> bool:
-    """Whether transformers runs its eager attention for this family (it has soft caps or sinks)."""
-    return teacher.family in EAGER or bool(teacher.config.get("attn_logit_softcapping"))
+    """Whether attention keeps whole matrices of logits.
+
+    As transformers' eager code does (for families with soft caps or sinks), and torch where values
+    are of another width than queries.
+    """
+    config = teacher.config
+    wide = [config.get(f"qk_{part}_head_dim") or 0 for part in ("nope", "rope")]
+    odd = bool(config.get("v_head_dim")) and config["v_head_dim"] != sum(wide)
+    return teacher.family in EAGER or bool(config.get("attn_logit_softcapping")) or odd
 
 
 def kept_bytes(tensor: int) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pkt.checkpoint import Checkpoint, Piece, find_outer
-from pkt.errors import CheckpointError
+from pkt.checkpoint import FLOAT_DTYPES, Checkpoint, Piece, find_outer
+from pkt.errors import CheckpointError, IncompatibleError
 from pkt.sweep.skeleton import Skeleton
 
 _FOREIGN = "the checkpoint does not belong to this config.json"
@@ -32,6 +32,7 @@ class Placement:
 
         Raises:
             CheckpointError: a parameter has no tensor, or one of another shape.
+            IncompatibleError: it is stored as integers.
 
         """
         pieces, found = self.checkpoint.layers[index], {}
@@ -102,6 +103,12 @@ class Placement:
         return piece
 
     def _checked(self, piece: Piece, shape: tuple[int, ...]) -> Piece:
+        if piece.dtype not in FLOAT_DTYPES:
+            raise IncompatibleError(
+                f"tensor '{piece.name}' in {self.checkpoint.shard_name(piece)}: expected "
+                f"floating-point weights, found {piece.dtype}",
+                "pkt reads checkpoints that are not quantized",
+            )
         if piece.shape != shape:
             raise CheckpointError(
                 f"tensor '{piece.name}' in {self.checkpoint.shard_name(piece)}: "

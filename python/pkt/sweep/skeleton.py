@@ -178,6 +178,8 @@ def build_skeleton(
 
     with _understood(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config._attn_implementation = None  # the family's own: what a stranger ran it with is not
+        config.return_dict = True  # how it is to be swept
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     model.eval().requires_grad_(False)
@@ -240,7 +242,10 @@ def _understood(folder: Path) -> Iterator[None]:
     """Turn transformers' refusals of a configuration into one clear line."""
     from huggingface_hub.errors import StrictDataclassError
 
-    odd = (ValueError, KeyError, ImportError, AttributeError, TypeError, StrictDataclassError)
+    odd = (
+        ValueError, KeyError, ImportError, AttributeError, TypeError, AssertionError, RuntimeError,
+        StrictDataclassError,
+    )  # fmt: skip
     try:
         yield
     except odd as error:

@@ -15,6 +15,7 @@ W = UΣVᵀ → B, A    `factorize`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 
 from pkt.adapter import adapter_config, adapter_tensors, check_adapter, write_adapter
 from pkt.card import model_card
+from pkt.errors import PktError
 from pkt.host import Costs, PeakMeter, one_thread
 from pkt.methods.seeking.folders import shared_folder
 from pkt.methods.seeking.record import manifest, run_record
@@ -114,7 +116,8 @@ def run(
             MANIFEST: as_json(found),
         }
         publish(folder, staged, texts)
-        wait_for_all()
+        with contextlib.suppress(PktError):  # one that is lost now has nothing left to do
+            wait_for_all()
     return Extraction(folder, found, record)
 
 

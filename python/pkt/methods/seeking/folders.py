@@ -38,21 +38,22 @@ def shared_folder(
         UsageError: this process was given other inputs than the first.
 
     """
+    work = folder / WORK
+    spool = spool_folder(work, index(), processes)
+    # On a shared disk the first one removes notes of folders that only this host can reach: they
+    # are read before it may begin.
+    before = tensors_of(spool)
     if processes > 1:
         identity = {**identity, "processes": processes}  # each holds a share of the seeds
+        wait_for_all()
         # When files were written is each host's own.
         _require_same({key: value for key, value in identity.items() if key != "weights"})
     if is_first():
         with run_folder(folder, identity, overwrite) as work:
             wait_for_all()
-            spool = spool_folder(work, 0, processes)
             spool.mkdir(parents=True, exist_ok=True)
             yield work, spool
         return
-    work = folder / WORK
-    spool = spool_folder(work, index(), processes)
-    # On a shared disk the first one removes notes of folders that only this host can reach.
-    before = tensors_of(spool)
     wait_for_all()
     with disk_errors(spool):
         spool.mkdir(parents=True, exist_ok=True)
