@@ -373,3 +373,38 @@ def test_torchrun_killed_and_started_again(case: Case, tmp_path: Path) -> None:
     undrawn = {name for name in case.whole if not name.startswith("report")}
     found = runs.contents(out)
     assert {name: found.get(name) for name in undrawn} == {n: case.whole[n] for n in undrawn}
+
+
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_host_that_fails_before_they_meet(failing: int, case: Case, tmp_path: Path) -> None:
+    """As two hosts' processes: the other one ends too, and says why."""
+    teacher, student, seeds = case.paths
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = []
+    for rank in range(2):
+        large = tmp_path / "nothing" if rank == failing else teacher
+        words = [
+            "--teacher",
+            large,
+            "--student",
+            student,
+            "--seeds",
+            seeds,
+            "-o",
+            tmp_path / f"{rank}",
+        ]
+        env = {
+            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1", "RANK": str(rank), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pkt", "extract", *map(str, words), "-q"]
+        begun.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=100)[1] for process in begun]
+    assert begun[failing].returncode == 2
+    assert "no such folder" in said[failing]
+    other = 1 - failing
+    assert begun[other].returncode == 1
+    assert f"pkt: error: process {other}: " in said[other]
+    assert "Traceback" not in said[other]
