@@ -389,3 +389,17 @@ def test_inspect_plans_without_a_student_and_names_what_is_wrong(tmp_path: Path)
     assert "the student must not be deeper" in both.problems[0]
     with pytest.raises(UsageError, match="--dtype float64: expected auto"):
         pkt.inspect(str(teacher), dtype="float64")
+
+
+def test_values_of_another_width_than_queries_keep_whole_matrices(
+    pair: tuple[Model, Model],
+) -> None:
+    """Latent attention, as of MiniCPM3: torch has no fused kernel for it on a CPU."""
+    teacher, student = pair
+    widths = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    latent = replace(teacher, config={**teacher.config, **widths})
+    plain, more = (
+        part(planned((big, student), rows=2048, longest=2048), "activations of a batch")
+        for big in (teacher, latent)
+    )
+    assert more - plain == 2048 * teacher.heads * (12 * 2048 - 2 * 2 * 512)

@@ -33,15 +33,8 @@ def total_bytes(parts: Iterable[PlanPart]) -> int:
 
 
 def is_eager(teacher: Model) -> bool:
-    """Whether attention keeps whole matrices of logits.
-
-    As transformers' eager code does (for families with soft caps or sinks), and torch where values
-    are of another width than queries.
-    """
-    config = teacher.config
-    wide = [config.get(f"qk_{part}_head_dim") or 0 for part in ("nope", "rope")]
-    odd = bool(config.get("v_head_dim")) and config["v_head_dim"] != sum(wide)
-    return teacher.family in EAGER or bool(config.get("attn_logit_softcapping")) or odd
+    """Whether transformers runs its eager attention for this family (it has soft caps or sinks)."""
+    return teacher.family in EAGER or bool(teacher.config.get("attn_logit_softcapping"))
 
 
 def kept_bytes(tensor: int) -> int:
@@ -82,10 +75,15 @@ def attention_bytes(teacher: Model, rows: int, longest: int, item: int) -> int:
 
     Fused attention keeps a few rows of probabilities at a time. A model that caps them (Gemma 2) or
     adds sinks to them runs transformers' eager code, which keeps whole matrices: logits, capped,
-    softmax in float32.
+    softmax in float32. So does torch's own, in float32, where values are of another width than
+    queries (latent attention).
     """
     if is_eager(teacher):
         return rows * longest * teacher.heads * (4 * item + 8)
+    config = teacher.config
+    queries = sum(config.get(f"qk_{part}_head_dim") or 0 for part in ("nope", "rope"))
+    if (config.get("v_head_dim") or queries) != queries:
+        return rows * longest * teacher.heads * 12
     return 2 * min(longest, 512) * rows * teacher.heads * item
 
 
