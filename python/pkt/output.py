@@ -27,6 +27,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "rep
 TUNED = (*ADAPTER, "metrics.jsonl")
 #: What unfinished work depends on, and a result need not name.
 _OF_WORK = ("device", "processes", "weights")
+_PUBLISHING = "publishing"  # in the work folder: from here on some of OUT's files are ours
 _REPLACED = "replaced.json"  # in the work folder: the manifest of what --overwrite removes
 #: Whatever any command leaves in its OUT; a manifest may name more under "files".
 _OURS = (
@@ -151,6 +152,7 @@ def run_folder(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> It
 
 def publish(folder: Path, staged: Path, files: Mapping[str, str]) -> None:
     """Move staged results into OUT, then texts, the manifest last, and drop the work folder."""
+    (folder / WORK / _PUBLISHING).touch()
     for path in sorted(staged.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
@@ -211,7 +213,7 @@ def _written(folder: Path) -> list[str]:
 
     None but the work folder where no file says that it was pkt: a README.md is anybody's.
     """
-    signs = (MANIFEST, "pkt_run.json", f"{WORK}/run.json", f"{WORK}/{_REPLACED}")
+    signs = (MANIFEST, "pkt_run.json", f"{WORK}/{_PUBLISHING}", f"{WORK}/{_REPLACED}")
     if not any((folder / name).is_file() for name in signs):
         return [WORK]
     listed: list[str] = []

@@ -161,7 +161,6 @@ def joined(count: int, device: str) -> Iterator[None]:
         _take_device(distributed.get_node_local_rank())
     watch = Watch(store, rank, size)
     _met = True
-    watch.meet()
 
     def connect() -> None:
         if on_cuda:
@@ -175,6 +174,7 @@ def joined(count: int, device: str) -> Iterator[None]:
         )
 
     try:
+        watch.meet()
         _attended(connect, watch)
     except RuntimeError as error:
         watch.leave()

@@ -205,6 +205,8 @@ class Room:
     spool_free: int
     shared: bool  #: both on one disk
     spool_in_memory: bool = False  #: that "disk" is memory (/dev/shm): what lies there counts
+    spool_held: int = 0  #: of what is free there, what an unfinished run has already taken
+    sharing: int = 1  #: processes of the run on this host
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,20 +81,23 @@ def drop_folder(noted: Path, spool: Path) -> None:
         shutil.rmtree(noted, ignore_errors=True)
 
 
-def room(output_dir: Path, spool_dir: Path | None) -> Room:
+def room(output_dir: Path, spool_dir: Path | None, sharing: int = 1) -> Room:
     """What the disks under ``output_dir`` and ``spool_dir`` have free for this run.
 
-    What an unfinished run holds there already counts as free: its files are used again.
+    What an unfinished run holds there already counts as free: its files are used again. ``sharing``
+    of the run's processes are on this host.
     """
     work = output_dir / WORK
     held = {work: _size(work)}
     held |= {noted: _size(noted) for spool, noted in _elsewhere(work) if _owned(noted, spool)}
     given = output_dir if spool_dir is None else spool_dir
 
-    def free(place: Path) -> int:
+    def ours(place: Path) -> int:
         device = _device(place)
-        ours = sum(size for folder, size in held.items() if _device(folder) == device)
-        return free_bytes(place) + ours
+        return sum(size for folder, size in held.items() if _device(folder) == device)
+
+    def free(place: Path) -> int:
+        return free_bytes(place) + ours(place)
 
     return Room(
         output_dir=str(output_dir),
@@ -103,6 +106,8 @@ def room(output_dir: Path, spool_dir: Path | None) -> Room:
         spool_free=free(given),
         shared=_device(given) == _device(output_dir),
         spool_in_memory=in_memory(_existing(given)),
+        spool_held=ours(given),
+        sharing=sharing,
     )
 
 

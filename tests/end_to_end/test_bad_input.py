@@ -276,6 +276,10 @@ def test_a_token_that_the_model_was_not_given(
     ("text", "said"),
     [
         ("rank: [1]", "rank: expected one value"),
+        ("rank: .inf", "rank: expected one value"),
+        ("output_dir: 7", "output-dir: expected one value"),
+        ("spool_every: [3]", "expected one number"),
+        ("json: [1]", "json: expected true or false"),
         ("limit: {a: 1}", "limit: expected one value"),
         ("overwrite: 7", "overwrite: expected true or false"),
         ("embeddings: [1]", "embeddings: expected true or false"),

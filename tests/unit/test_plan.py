@@ -288,6 +288,10 @@ def test_a_disk_that_is_memory_is_part_of_the_plan(tmp_path: Path) -> None:
     assert part(in_memory, "layer inputs") == in_memory.spool_bytes > 0
     assert part(on_disk, "layer inputs") == 0
     assert in_memory.smallest_bytes > on_disk.smallest_bytes
+    held = replace(disk, spool_in_memory=True, spool_held=in_memory.spool_bytes - 1000)
+    assert part(planned(pair, room=held), "layer inputs") == 1000, "the rest is no longer free"
+    shared = replace(disk, spool_in_memory=True, sharing=4)
+    assert part(planned(pair, room=shared), "layer inputs") == in_memory.spool_bytes // 4
 
 
 def test_many_seeds_take_memory_themselves(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ def prepare(
         rows=most_rows(lengths), shapes=shapes(lengths),
         tokens=_tokens_here(read, processes, processes_here), seeds=read.tokens,
         budget=budget(max_ram, processes_here), embeddings=embeddings,
-        every=checked_every(spool_every), room=room(Path(output_dir), optional_path(spool_dir)),
+        every=checked_every(spool_every),
+        room=room(Path(output_dir), optional_path(spool_dir), processes_here),
         **kept_records(select),
     )  # fmt: skip
     config = Config(

@@ -12,7 +12,7 @@ from pkt import api
 from pkt.api.fitting import kept_records
 from pkt.bench.forecast import Forecast, Pace, Work, forecast, limit_seconds
 from pkt.bench.kernels import COPIED, SQUARE, copy_bandwidth, matmul
-from pkt.bench.reading import ReadRates, bench_read, temporary_file
+from pkt.bench.reading import ReadRates, bench_read, temporary_file, temporary_folder
 from pkt.bench.rehearsal import Notify, rehearse, rehearse_factors
 from pkt.checkpoint import DTYPE_BYTES
 from pkt.config import MIB
@@ -64,7 +64,7 @@ def predict(
     Args:
         task: prepared inputs.
         io: how the run will read.
-        folder: for temporary files; ``None`` for the system's temporary folder.
+        folder: for temporary files; ``None``: as `temporary_folder` says.
         notify: told of (phase, steps done, steps in all).
 
     Raises:
@@ -75,15 +75,16 @@ def predict(
     api.require_fit(task.plan)
     files = task.teacher.checkpoint.files
     own_file = not any(on_disk(task.teacher.checkpoint))
+    place = folder or temporary_folder()
     reading = api.reading(task, io)
     with ExitStack() as stack:
         if own_file:
-            files = tuple(stack.enter_context(temporary_file(folder, FILE_BYTES)))
+            files = tuple(stack.enter_context(temporary_file(place, FILE_BYTES)))
         rates = bench_read(files, ROUNDS)
         notify("disk", 1, 1)
     read_so = {name: rate for name, rate in rates.rates.items() if rate.bytes}  # a slow disk: few
     rate = read_so.get(reading.mode) or read_so.get("buffered") or read_so["raw buffered"]
-    with tempfile.TemporaryDirectory(prefix="pkt-bench-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix="pkt-bench-", dir=place) as name:
         layers = rehearse(task, Path(name), notify)
     factors = rehearse_factors(task, reading.mode, notify)
     read = rate.gigabytes_per_second * 1e9

@@ -87,15 +87,14 @@ def temporary_file(folder: Path | None, size: int) -> Iterator[Files]:
     """A file of ``size`` random bytes on the disk, gone when the block ends.
 
     Args:
-        folder: where; ``None`` for the system's temporary folder, or for /var/tmp where that one is
-            in memory: its rate would be no disk's.
+        folder: where; ``None``: as `temporary_folder` says.
         size: bytes; at most half of what is free there.
 
     Raises:
         OutputError: it cannot be written, or not enough is free.
 
     """
-    where = folder or _temporary_folder()
+    where = folder or temporary_folder()
     with ExitStack() as stack:
         try:
             free = free_bytes(where)
@@ -113,7 +112,13 @@ def temporary_file(folder: Path | None, size: int) -> Iterator[Files]:
         yield [(path, size)]
 
 
-def _temporary_folder() -> Path:
+def temporary_folder() -> Path:
+    """The system's for temporary files, or /var/tmp where that one is in memory.
+
+    Raises:
+        OutputError: both are.
+
+    """
     for where in (Path(tempfile.gettempdir()), Path("/var/tmp")):
         if where.is_dir() and not in_memory(where):
             return where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,15 @@ def _require_kind(
 ) -> None:
     """Refuse what a YAML file may hold and a command line cannot, which click does not expect."""
     several = option.multiple or option.type is click.UNPROCESSED
-    kinds: tuple[type, ...] = (str, int, float, *((list,) if several else ()))
+    kinds: tuple[type, ...] = (str, int, float)
     if isinstance(option.type, click.types.BoolParamType):
         kinds = (bool, str)
-    if value is not None and not isinstance(value, kinds):
-        name = (option.name or "").replace("_", "-")
+    elif isinstance(option.type, click.Path):
+        kinds = (str,)
+    kinds += (list,) if several else ()
+    strange = isinstance(value, float) and not math.isfinite(value)
+    if value is not None and (strange or not isinstance(value, kinds)):
+        name = "json" if option.name == "as_json" else (option.name or "").replace("_", "-")
         expected = "true or false" if bool in kinds else "one value"
         raise click.BadParameter(f"{name}: expected {expected}, found {value!r}", ctx, param)
 
@@ -140,6 +145,8 @@ def _every(ctx: click.Context, param: click.Parameter, value: Any) -> int | None
     """``auto`` or a number."""
     if value == "auto":
         return None
+    if isinstance(value, list):
+        raise click.BadParameter(f"expected one number, found {value!r}", ctx, param)
     number: int = click.IntRange(min=1).convert(value, param, ctx)
     return number
 

@@ -7,9 +7,9 @@ are copied byte for byte, unless another element type is asked for. Files are th
 the same shards, the same order of tensors.
 """
 
-from pkt.merging.files import copy_rest, new_config
+from pkt.merging.files import copy_rest, new_config, rest_of
 from pkt.merging.layout import Change, Layout, Output, lay_out
-from pkt.merging.writing import compare_model, write_model
+from pkt.merging.writing import compare_model, index_of, write_model
 
 __all__ = [
     "Change",
@@ -17,7 +17,9 @@ __all__ = [
     "Output",
     "compare_model",
     "copy_rest",
+    "index_of",
     "lay_out",
     "new_config",
+    "rest_of",
     "write_model",
 ]

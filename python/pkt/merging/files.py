@@ -23,12 +23,30 @@ _TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tok
 def copy_rest(source: Path, folder: Path, config: Mapping[str, Any] | None) -> None:
     """Copy what belongs to a model beside its weights: tokenizer, generation, chat templates.
 
-    Links are followed no further than those of weights: what is copied here may be published.
-
     Args:
         source: the model's folder.
         folder: existing.
         config: the new config.json; ``None`` copies the old one byte for byte.
+
+    Raises:
+        CheckpointError: of `rest_of`.
+
+    """
+    for path in rest_of(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if config is None:
+        shutil.copyfile(source / "config.json", folder / "config.json")
+    else:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def rest_of(source: Path) -> list[Path]:
+    """The files that `copy_rest` copies, less config.json.
+
+    Links are followed no further than those of weights: what is copied may be published.
 
     Raises:
         CheckpointError: a file is a link out of the model's folder.
@@ -45,15 +63,7 @@ def copy_rest(source: Path, folder: Path, config: Mapping[str, Any] | None) -> N
                 "outside",
                 "put the file itself there, or remove the link",
             )
-    for path in rest:
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-    if config is None:
-        shutil.copyfile(source / "config.json", folder / "config.json")
-    else:
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+    return rest
 
 
 def new_config(config: Mapping[str, Any], dtype: str | None, untied: bool) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def write_model(
 
     """
     blocks, errors, done = Blocks(checkpoint), {}, 0
-    index = _index(checkpoint.folder / INDEX, layout) if layout.indexed else None
+    index = index_of(checkpoint, layout)
     for name, outputs in layout.shards.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,16 @@ def _same(
     return torch.equal(found, expected.to(found.dtype))
 
 
-def _index(source: Path, layout: Layout) -> str:
+def index_of(checkpoint: Checkpoint, layout: Layout) -> str | None:
+    """The index of the new model; ``None`` where one file is the whole.
+
+    Raises:
+        CheckpointError: the old one is not as transformers needs it.
+
+    """
+    if not layout.indexed:
+        return None
+    source = checkpoint.folder / INDEX
     metadata = read_object(source, MAX_INDEX_BYTES).get("metadata")
     if not isinstance(metadata, dict):
         raise CheckpointError(

@@ -142,8 +142,8 @@ def make_plan(
         if converted:
             shared.append(PlanPart("weights converted", converted, f"to {dtype}"))
         if room and room.spool_in_memory:
-            size = spool(every or 1, matrix)
-            shared.append(PlanPart("layer inputs", size, "their folder is in memory"))
+            more = max(0, spool(kept_every(matrix), matrix) - room.spool_held) // room.sharing
+            shared.append(PlanPart("layer inputs", more, "their folder is in memory"))
         sweep, ends = phases(shared, matrix, block_bytes(dtype), on_cpu=True)
         factors = [
             base,
@@ -173,10 +173,23 @@ def make_plan(
 
     block = tokens * teacher.hidden_size * item
     crossing = tokens * sum(p.shape[0] + p.shape[1] for p in matrices) * item
+    if masks:
+        records += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
+    free = _spool_room(room, records + adapter)
+    choices = range(1, teacher.layers + 1)
 
     def spool(every: int, matrix: bool) -> int:
-        kept = peak_boundaries(teacher.layers, every, embeddings) * block
-        return kept + (crossing if matrix else 0)
+        boundaries = peak_boundaries(teacher.layers, every, embeddings) * block
+        return boundaries + (crossing if matrix else 0)
+
+    def least_every(matrix: bool) -> int:
+        return min(choices, key=lambda k: spool(k, matrix)) if room else 1
+
+    def kept_every(matrix: bool) -> int:
+        if every is not None:
+            return every
+        fits = (k for k in choices if free is None or spool(k, matrix) <= free)
+        return next(fits, least_every(matrix))
 
     settings = [(2, False), (1, False), (2, True), (1, True)]
     sizes = {s: total_bytes(parts(*s)) for s in settings}
@@ -185,14 +198,8 @@ def make_plan(
     slots, matrix = fitting[0] if fitting else smallest
     while slots < teacher.layers and total_bytes(parts(slots + 1, matrix)) <= budget[0]:
         slots += 1
-    if masks:
-        records += teacher.layers * sum(p.teacher_rows * p.teacher.in_features // 8 for p in pairs)
-    choices = range(1, teacher.layers + 1)
-    least = min(choices, key=lambda k: spool(k, matrix)) if room else 1
-    if every is None:
-        free = _spool_room(room, records + adapter)
-        every = next((k for k in choices if free is None or spool(k, matrix) <= free), least)
-    steps = schedule(teacher.layers, every, last=embeddings)
+    chosen, least = kept_every(matrix), least_every(matrix)
+    steps = schedule(teacher.layers, chosen, last=embeddings)
     uses = [step.layer for step in steps if step.kind in ("forward", "backward")]
     again = sum(step.kind == "forward" and step.again for step in steps)
     products = 2 * tokens * sum(p.elements for p in matrices)  # of one layer, one way
@@ -206,9 +213,9 @@ def make_plan(
         read_bytes=_read_bytes(
             teacher, student, pairs, embeddings, crossed, masks, sums, uses, slots
         ),
-        spool_bytes=spool(every, matrix),
+        spool_bytes=spool(chosen, matrix),
         record_bytes=records,
-        spool_every=every,
+        spool_every=chosen,
         recomputed_layers=again,
         flop=(4 * teacher.layers + again) * products + 4 * tokens * head.elements,
         adapter_bytes=adapter,

@@ -37,8 +37,10 @@ from pkt.merging import (
     Layout,
     compare_model,
     copy_rest,
+    index_of,
     lay_out,
     new_config,
+    rest_of,
     write_model,
 )
 from pkt.methods.exporting.card import card, serving_note
@@ -185,7 +187,7 @@ def _found(
 
 
 def _layout(task: Task, folder: Path) -> Layout:
-    """The tensors to write; refused where their disk has no room for them."""
+    """The tensors to write; refused where the student or the disk does not allow it."""
     changes = {}
     for name, half in task.changes().items():
         place = task.places[name]
@@ -194,6 +196,8 @@ def _layout(task: Task, folder: Path) -> Layout:
     added = task.architecture.parted(task.places)
     unread = task.architecture.unread()
     layout = lay_out(task.student.checkpoint, changes, task.dtype, added, unread)
+    index_of(task.student.checkpoint, layout)
+    rest_of(task.student.folder)
     if layout.bytes > (free := free_bytes(folder)):
         raise BudgetError(
             f"{folder}: the model takes {format_bytes(layout.bytes)}; its disk has "
@@ -213,7 +217,7 @@ def _write_base(
     """Write the model of ``layout``; what rounding took of each module's change."""
     student = task.student
     with costs.phase("write"):
-        copy_rest(  # first: what is wrong there must not show after an hour of writing
+        copy_rest(
             student.folder, folder, new_config(student.config, task.dtype, untied=_parted(task))
         )
         lost = write_model(
