@@ -34,7 +34,7 @@ test-rust: $(VENV)/.tools
 	cargo test --workspace $(LOCKED) $(CARGOTEST)
 
 test-python: $(VENV)/.core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-all: PYTEST += -m ""
 test-all: test ## every case of every test; an hour
