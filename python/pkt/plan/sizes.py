@@ -82,6 +82,7 @@ def attention_bytes(teacher: Model, rows: int, longest: int, item: int) -> int:
         return rows * longest * teacher.heads * (4 * item + 8)
     config = teacher.config
     queries = sum(config.get(f"qk_{part}_head_dim") or 0 for part in ("nope", "rope"))
+    queries = queries or teacher.head_dim
     if (config.get("v_head_dim") or queries) != queries:
         return rows * longest * teacher.heads * 12
     return 2 * min(longest, 512) * rows * teacher.heads * item

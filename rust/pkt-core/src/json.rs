@@ -2,9 +2,9 @@
 //!
 //! `serde_json::Value` lets the last of two equal names win, so two readers of one file may see two
 //! different models. Both formats read here, the header of a shard and the index of a checkpoint,
-//! know only texts, sizes, lists of sizes and objects of these, in an object; anything else is kept as
-//! the words that an error message needs, and no object deeper than that is held: a stranger's
-//! nested ones would take fifty times their bytes. Nesting is bounded by `serde_json` (128 levels).
+//! know only texts, sizes, lists of sizes, and objects of these inside one object. Anything else is
+//! kept as the words that an error message needs: held in full, a stranger's nested objects would
+//! take fifty times their bytes. Nesting is bounded by `serde_json` (128 levels) in what is held.
 
 use std::collections::BTreeMap;
 use std::fmt;
